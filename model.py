@@ -1,0 +1,405 @@
+"""A LLaMA in one file: configuration, weights, key/value cache, forward pass, tokenizer.
+
+One idea carries the repository: *a decoder is a choice of block*. `Llama.forward` runs a block of T columns per row through the
+network after whatever the cache has committed; the caller says which tokens (or bare embeddings) stand in the columns, at
+which positions, and what each may see, and afterwards commits the columns that turned out to be right. Prefill, plain
+decoding and both passes of PaSS differ in nothing else.
+
+Shapes: B batch rows, T block columns, S cache slots, V vocabulary, L look-ahead tokens, D width, R memory slots,
+H query heads, K key/value heads, E width of a head. Read `Config`, `Cache`, `Llama.forward`, then go on to pass_sampler.py.
+"""
+import codecs
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+
+class InputError(ValueError):
+    """Bad input. Its text is one line that names the cause and the remedy; `run` shows it and exits with 2."""
+
+
+def run(main):
+    """Run a script's main(): bad input becomes one line on stderr and exit code 2, Ctrl-C 130, a closed pipe silence."""
+    try:
+        main()
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `| head -1`: nobody reads on; without the redirection Python complains once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def device_named(name):
+    """torch.device for --device; raises InputError where there is none."""
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):
+        raise InputError(f"device {name!r} cannot be used here; --device cpu always can") from None
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------- configuration
+
+# What this file computes. A checkpoint that wants anything else is refused by name, never run wrongly.
+ONLY = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None,
+        "quantization_config": None, "partial_rotary_factor": 1.0}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The part of a Hugging Face `config.json` that a LLaMA needs. `context` is the longest text in tokens."""
+    vocab_size: int
+    dim: int
+    ffn_dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope: dict  # {"rope_type": "default" | "linear" | "llama3", and that scaling's numbers}
+    context: int
+    tied: bool
+    dtype: str
+    stop_tokens: tuple
+
+    @staticmethod
+    def load(folder):
+        """Read folder/config.json. Raises InputError for what is missing, malformed or not supported."""
+        path = Path(folder) / "config.json"
+        raw = read_json(path)
+        if not isinstance(raw, dict) or "model_type" not in raw:
+            raise InputError(f"{path} has no model_type; expected the config.json of a Hugging Face LLaMA")
+        for key, supported in ONLY.items():
+            if raw.get(key, supported) != supported:
+                raise InputError(f"{path}: {key} = {raw[key]!r} is not supported, only {supported!r}")
+
+        def number(key, default=None, kind=int):
+            value = raw.get(key) if raw.get(key) is not None else default
+            if type(value) not in (int, kind) or not 0 < value < math.inf:
+                raise InputError(f"{path}: {key} must be a positive {kind.__name__}, not {value!r}")
+            return value
+
+        # Rotary settings: `rope_theta` beside `rope_scaling`, or both in `rope_parameters` (transformers 5).
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
+        needs = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                                                                  "original_max_position_embeddings")}
+        if rope["rope_type"] not in needs:
+            raise InputError(f"{path}: rotary scaling {rope['rope_type']!r} is not supported, only {', '.join(needs)}")
+        for key in needs[rope["rope_type"]]:
+            if not isinstance(rope.get(key), (int, float)) or rope[key] <= 0:
+                raise InputError(f"{path}: rotary scaling {rope['rope_type']!r} needs a positive {key}")
+        raw.setdefault("rope_theta", rope.get("rope_theta"))
+
+        n_heads, dim = number("num_attention_heads"), number("hidden_size")
+        n_kv_heads = number("num_key_value_heads", n_heads)
+        head_dim = number("head_dim", dim // n_heads)
+        if n_heads % n_kv_heads or head_dim % 2:
+            raise InputError(f"{path}: {n_heads} heads must be a multiple of {n_kv_heads} key/value heads, and head_dim "
+                             f"{head_dim} even")
+        dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+        if dtype not in DTYPES:
+            raise InputError(f"{path}: dtype {dtype!r} is not supported, only {', '.join(DTYPES)}")
+        generation = Path(folder) / "generation_config.json"
+        stop = read_json(generation).get("eos_token_id") if generation.exists() else None
+        stop = stop if stop is not None else raw.get("eos_token_id")
+        stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
+        return Config(number("vocab_size"), dim, number("intermediate_size"), number("num_hidden_layers"), n_heads, n_kv_heads,
+                      head_dim, number("rms_norm_eps", 1e-6, float), number("rope_theta", 10000.0, float), rope,
+                      number("max_position_embeddings", 2048), bool(raw.get("tie_word_embeddings", False)), dtype, tuple(stop))
+
+
+def rope_frequencies(config):
+    """Angle by which each of the E/2 pairs of a head turns per position, (E/2,) float32: RoFormer, arXiv 2104.09864, eq. 15.
+
+    "linear" squeezes all positions; "llama3" squeezes only wavelengths that are long against the original context.
+    """
+    frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    rope = config.rope
+    if rope["rope_type"] == "linear":
+        return frequency / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # full turns in the original context
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wavelength, unchanged; 0: long, squeezed
+        return keep * frequency + (1 - keep) * frequency / rope["factor"]
+    return frequency
+
+
+# ------------------------------------------------------------------------------------------------------------------ cache
+
+class Cache:
+    """Keys and values of B rows. Slots of a row: [ memory R | committed | block T ].
+
+    `length` (B,) counts the committed columns, per row, so rows of different lengths need no other code. `Llama.forward`
+    writes its block after them and commits nothing: what `commit` does not keep, the next block overwrites. Rejecting a draft
+    therefore costs nothing and cannot be forgotten.
+    """
+
+    def __init__(self, model, rows, slots, memory=None):
+        """Room for `slots` columns per row, committed and block together. memory: (layers, 2, R, K, E) or None."""
+        c, weight = model.config, model.embedding
+        self.memory = 0 if memory is None else memory.shape[2]
+        slots += self.memory
+        # Zeros, not empty: a masked slot has weight 0, but 0 * NaN is NaN.
+        self.kv = torch.zeros(c.n_layers, 2, rows, slots, c.n_kv_heads, c.head_dim, dtype=weight.dtype, device=weight.device)
+        if memory is not None:
+            self.kv[:, :, :, :self.memory] = memory.unsqueeze(2)
+        self.length = torch.zeros(rows, dtype=torch.long, device=weight.device)
+        self.first = torch.arange(rows, device=weight.device)[:, None] * slots + self.memory  # (B,1) in flattened (B*S)
+
+    def block(self, T, visible, sees_memory):
+        """Where the next block of T columns goes and what it sees.
+
+        Returns slots (B,T) in the flattened (B*S), the range of slots that attention reads, and an additive mask (B,1,T,range)
+        or None where every column sees all of the range.
+        """
+        rows, device = len(self.length), self.length.device
+        stop = self.memory + int(self.length.max()) + T
+        if stop > self.kv.shape[3]:
+            raise IndexError(f"block of {T} columns ends at slot {stop} of {self.kv.shape[3]}")
+        start = self.memory if sees_memory is None else 0  # without memory readers its slots are not even looked at
+        column = torch.arange(T, device=device)
+        slots = self.first + self.length[:, None] + column
+        if rows == T == 1:
+            return slots, (start, stop), None
+        at = torch.arange(start - self.memory, stop - self.memory, device=device)  # memory < 0 <= committed < length
+        seen = (at < self.length[:, None])[:, None].expand(rows, T, -1).clone()
+        if sees_memory is not None:
+            seen &= (at >= 0) | sees_memory[:, None]
+        visible = torch.ones(T, T, dtype=torch.bool, device=device).tril() if visible is None else visible
+        own = self.length[:, None, None] + column + self.memory - start  # where in `at` the block's columns are: (B,1,T)
+        seen.scatter_(2, own.expand(rows, T, T), visible.expand(rows, T, T))
+        mask = torch.zeros(seen.shape, dtype=self.kv.dtype, device=device).masked_fill_(~seen, -math.inf)
+        return slots, (start, stop), mask[:, None]
+
+    def commit(self, count, columns=None):
+        """Keep, per row, the first `count` (an int or (B,)) of the block's columns.
+
+        columns: (n,) or (B,n) block columns to keep in that order, for a path through a tree; None is 0, 1, 2, ...
+        """
+        if columns is not None:
+            base = self.first + self.length[:, None]
+            flat = self.kv.flatten(2, 3)  # a view: (layers, 2, B*S, K, E)
+            flat[:, :, base + torch.arange(columns.shape[-1], device=base.device)] = flat[:, :, base + columns]
+        self.length = self.length + count
+
+
+# ------------------------------------------------------------------------------------------------------------------ model
+
+class Layer(nn.Module):
+    """Weights of one layer. q, k, v are one matrix and so are gate and up: each product is one call, one read of memory."""
+
+    def __init__(self, c, **kind):
+        super().__init__()
+        self.attention_norm = nn.Parameter(torch.empty(c.dim, **kind))
+        self.qkv = nn.Parameter(torch.empty((c.n_heads + 2 * c.n_kv_heads) * c.head_dim, c.dim, **kind))
+        self.o = nn.Parameter(torch.empty(c.dim, c.n_heads * c.head_dim, **kind))
+        self.ffn_norm = nn.Parameter(torch.empty(c.dim, **kind))
+        self.gate_up = nn.Parameter(torch.empty(2 * c.ffn_dim, c.dim, **kind))
+        self.down = nn.Parameter(torch.empty(c.dim, c.ffn_dim, **kind))
+
+
+class Llama(nn.Module):
+    """LLaMA (arXiv 2302.13971): RMSNorm before, rotary positions, grouped-query attention, SwiGLU. It knows nothing of PaSS."""
+
+    def __init__(self, config, dtype=torch.float32, device="cpu"):
+        """Weights are allocated but not set: use `Llama.load`, or fill `parameters()` yourself."""
+        super().__init__()
+        kind = dict(dtype=dtype, device=device)
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim, **kind))
+        self.layers = nn.ModuleList(Layer(config, **kind) for _ in range(config.n_layers))
+        self.norm = nn.Parameter(torch.empty(config.dim, **kind))
+        self.output = self.embedding if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.dim, **kind))
+        self.frequency = rope_frequencies(config).to(device)
+
+    def embed(self, tokens):
+        """(B,T) token ids -> (B,T,D)."""
+        return F.embedding(tokens, self.embedding)
+
+    def logits(self, h):
+        """Output of `forward` (...,D) -> logits (...,V). Apart from forward, since most columns of most blocks need none."""
+        return F.linear(h, self.output)
+
+    def forward(self, x, positions, cache, visible=None, sees_memory=None):
+        """Run one block after the committed columns of the cache; commits nothing.
+
+        x: (B,T) token ids or (B,T,D) embeddings.  positions: (B,T), given and not derived: two columns may share one.
+        visible: (T,T) bool, which block columns (second axis) a column (first axis) sees; None is causal. All committed
+        columns are seen by all.  sees_memory: (T,) bool, which columns see the memory slots; None: no column does.
+        Returns the last hidden states (B,T,D), normalised, ready for `logits`.
+        """
+        c = self.config
+        x = x if x.is_floating_point() else self.embed(x)
+        B, T, _ = x.shape
+        H, K, E, G = c.n_heads, c.n_kv_heads, c.head_dim, c.n_heads // c.n_kv_heads
+        slots, (start, stop), mask = cache.block(T, visible, sees_memory)
+        slots = slots.flatten()
+        mask = mask if mask is None else mask.repeat_interleave(G, 2)
+        angle = positions[:, :, None, None] * self.frequency  # (B,T,1,E/2)
+        cos = torch.cat((angle.cos(), angle.cos()), -1).to(x.dtype)
+        sin = torch.cat((-angle.sin(), angle.sin()), -1).to(x.dtype)
+
+        for layer, kv in zip(self.layers, cache.kv):
+            h = F.rms_norm(x, (c.dim,), layer.attention_norm, c.norm_eps)
+            qkv = F.linear(h, layer.qkv).view(B, T, H + 2 * K, E)
+            qk = qkv[:, :, :H + K]
+            qk = torch.addcmul(qk * cos, qk.roll(E // 2, -1), sin)  # (a, b) -> (a cos - b sin, b cos + a sin), a, b halves of E
+            for to, new in zip(kv, (qk[:, :, H:], qkv[:, :, H + K:])):
+                to.view(-1, K, E).index_copy_(0, slots, new.reshape(B * T, K, E))
+            k, v = kv[:, :, start:stop].transpose(2, 3)  # each (B,K,S,E)
+            # The G query heads that share a key/value head stand as G columns, so that k and v are read once and not repeated.
+            q = qk[:, :, :H].view(B, T, K, G, E).transpose(1, 2).reshape(B, K, T * G, E)
+            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            x = x + F.linear(a.view(B, K, T, G, E).transpose(1, 2).reshape(B, T, H * E), layer.o)
+            gate, up = F.linear(F.rms_norm(x, (c.dim,), layer.ffn_norm, c.norm_eps), layer.gate_up).chunk(2, -1)
+            x = x + F.linear(F.silu(gate) * up, layer.down)
+        return F.rms_norm(x, (c.dim,), self.norm, c.norm_eps)
+
+    def checkpoint(self):
+        """The weights under their Hugging Face names: views into the fused matrices, to read from and to write to."""
+        c, E = self.config, self.config.head_dim
+        named = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
+        if not c.tied:
+            named["lm_head.weight"] = self.output
+        for i, layer in enumerate(self.layers):
+            q, k, v = layer.qkv.split((c.n_heads * E, c.n_kv_heads * E, c.n_kv_heads * E))
+            gate, up = layer.gate_up.chunk(2)
+            named |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in {
+                "input_layernorm": layer.attention_norm, "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+                "self_attn.o_proj": layer.o, "post_attention_layernorm": layer.ffn_norm, "mlp.gate_proj": gate,
+                "mlp.up_proj": up, "mlp.down_proj": layer.down}.items()}
+        return named
+
+    @classmethod
+    @torch.no_grad()
+    def load(cls, folder, dtype=None, device="cpu"):
+        """Load a Hugging Face folder: config.json and model.safetensors, or its shards and their index.
+
+        dtype: a torch dtype to run in; None is the checkpoint's own. Raises InputError that names what is wrong. Each tensor is
+        copied from the mapped file straight to its place, so no second copy of the model is held.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"no model folder {folder}; `make smollm2` makes one, or give a Hugging Face LLaMA folder")
+        config = Config.load(folder)
+        index = folder / "model.safetensors.index.json"
+        names = ["model.safetensors"]
+        if not (folder / names[0]).exists() and index.exists():
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        model = cls(config, dtype or DTYPES[config.dtype], device)
+        missing = model.checkpoint()
+        for path in (folder / name for name in names):
+            with open_tensors(path) as file:
+                for name in file.keys():
+                    if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
+                        continue  # old checkpoints carry what can be computed; a tied head is the embedding
+                    target, source = missing.pop(name, None), file.get_slice(name)
+                    if target is None:
+                        raise InputError(f"{path}: tensor {name} does not belong to this model or comes twice")
+                    if source.get_shape() != list(target.shape) or source.get_dtype() not in ("F32", "F16", "BF16"):
+                        raise InputError(f"{path}: {name} is {source.get_dtype()} {source.get_shape()}, expected "
+                                         f"F32, F16 or BF16 {list(target.shape)}")
+                    target.copy_(file.get_tensor(name))
+        if missing:
+            raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {next(iter(missing))}")
+        return model.requires_grad_(False)
+
+
+def open_tensors(path):
+    """safe_open for PyTorch, with an InputError where the file is missing, truncated or something else."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+# -------------------------------------------------------------------------------------------------------------- tokenizer
+
+class Tokenizer:
+    """Text to token ids and back. `pieces[id]` is the token's bytes: empty for control tokens, one byte of a character for
+    byte-fallback pieces. `unk` is the id of the unknown token, or None."""
+
+    def __init__(self, encode, pieces, unk):
+        self.encode, self.pieces, self.unk = encode, pieces, unk
+
+    def stream(self):
+        """A function from the next token id to the text that became whole with it.
+
+        Bytes, not texts, are put together: a character of several tokens appears with its last one, never broken.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda token: decoder.decode(self.pieces[token] if token < len(self.pieces) else b"")
+
+    def decode(self, tokens):
+        """The text that `stream` gives for all of `tokens`."""
+        return "".join(map(self.stream(), tokens))
+
+
+def sentencepiece_bytes(piece):
+    return bytes.fromhex(piece[3:5]) if len(piece) == 6 and piece.startswith("<0x") else piece.replace("▁", " ").encode()
+
+
+def load_tokenizer(folder):
+    """folder/tokenizer.model through sentencepiece, else folder/tokenizer.json through the optional package `tokenizers`."""
+    folder = Path(folder)
+    config = folder / "tokenizer_config.json"
+    config = read_json(config) if config.exists() else {}
+    if (folder / "tokenizer.model").exists():
+        from sentencepiece import SentencePieceProcessor
+        try:
+            sp = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"cannot read {folder / 'tokenizer.model'}: {error}") from None
+        bos = [sp.bos_id()] if config.get("add_bos_token", True) and sp.bos_id() >= 0 else []
+        pieces = [b"" if sp.is_control(i) or sp.is_unused(i) else sentencepiece_bytes(sp.id_to_piece(i))
+                  for i in range(sp.vocab_size())]
+        return Tokenizer(lambda text: bos + sp.encode(text), pieces, sp.unk_id() if sp.unk_id() >= 0 else None)
+
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise InputError(f"{folder} has neither tokenizer.model nor tokenizer.json")
+    try:
+        import tokenizers
+    except ImportError:
+        raise InputError(f"{path} needs the optional package tokenizers: pip install tokenizers") from None
+    try:
+        hf = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises bare Exception
+        raise InputError(f"cannot read {path}: {error}") from None
+    # GPT-2's byte-level alphabet: printable bytes stand for themselves, the others for the characters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    other = [b for b in range(256) if b not in printable]
+    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(other)}
+    raw = json.loads(hf.to_str())
+    byte_level, added = "ByteLevel" in json.dumps(raw["decoder"]), hf.get_added_tokens_decoder()
+
+    def to_bytes(i):
+        piece = hf.id_to_token(i) or ""
+        if i in added:
+            return b"" if added[i].special else added[i].content.encode()
+        return bytes(byte[char] for char in piece) if byte_level else sentencepiece_bytes(piece)
+
+    unk = config.get("unk_token") or raw["model"].get("unk_token")
+    unk = hf.token_to_id(unk["content"] if isinstance(unk, dict) else unk) if unk else None
+    return Tokenizer(lambda text: hf.encode(text).ids, [to_bytes(i) for i in range(hf.get_vocab_size())], unk)

@@ -1,0 +1,110 @@
+"""What the tests share: tiny models, the exact distribution that a sampler must follow, chi-square, and planted bugs."""
+import json
+import math
+import types
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from model import Cache, Config, Llama
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURE = Path(__file__).parent / "fixture"
+ALPHA = 1e-6  # significance of every statistical test: all of them together raise a false alarm less than once in 10,000 seeds
+
+
+def tiny(vocab=4, seed=0, dtype=torch.float64, context=64, stop=(), **changes):
+    """A random LLaMA with grouped heads, small enough to enumerate what it may say."""
+    config = Config(**{**dict(vocab_size=vocab, dim=16, ffn_dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, norm_eps=1e-5,
+                              rope_theta=100.0, rope={"rope_type": "default"}, context=context, tied=False, dtype="float32",
+                              stop_tokens=tuple(stop)), **changes})
+    model = Llama(config, torch.float64).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight.normal_(generator=generator).mul_(0.4) if weight.ndim == 2 else weight.fill_(1)
+    model.embedding.mul_(2.5)
+    return model.to(dtype)  # drawn in float64: the same weights in every type
+
+
+def whole(model, tokens):
+    """Logits (T,V) of a list of tokens, from one block in a cache of its own."""
+    h = model(torch.tensor([tokens]), torch.arange(len(tokens))[None], Cache(model, 1, len(tokens)))
+    return model.logits(h)[0]
+
+
+def naive_probs(logits, params):
+    """`pass_sampler.probs` for one distribution, once more in plain Python from the definitions."""
+    if params.temperature == 0:
+        return [float(i == max(range(len(logits)), key=lambda j: logits[j])) for i in range(len(logits))]
+    weights = [math.exp((z - max(logits)) / params.temperature) for z in logits]
+    if params.top_k:
+        least = sorted(weights)[-min(params.top_k, len(weights))]
+        weights = [w if w >= least else 0.0 for w in weights]
+    if params.top_p < 1:
+        kept, least = 0.0, 0.0
+        for w in sorted(weights, reverse=True):
+            if kept < params.top_p * sum(weights):
+                kept, least = kept + w, w
+        weights = [w if w >= least else 0.0 for w in weights]
+    return [w / sum(weights) for w in weights]
+
+
+def exact_texts(model, prompt, params, n):
+    """{text: probability} of all texts of n tokens, or fewer with a stop token at the end, straight from the chain rule."""
+    texts = {(): 1.0}
+    for _ in range(n):
+        longer = {}
+        for text, probability in texts.items():
+            if text and text[-1] in model.config.stop_tokens:
+                longer[text] = probability
+                continue
+            for token, p in enumerate(naive_probs(whole(model, prompt + list(text))[-1].tolist(), params)):
+                if p:
+                    longer[text + (token,)] = probability * p
+        texts = longer
+    return texts
+
+
+def p_value(texts, exact):
+    """Chi-square goodness of fit of sampled texts to {text: probability}; cells expected fewer than 5 times are pooled.
+
+    Null hypothesis: the texts are independent draws from `exact`. A text of probability 0 refutes it outright.
+    """
+    counts = dict.fromkeys(exact, 0)
+    for text in texts:
+        if tuple(text) not in counts:
+            return 0.0
+        counts[tuple(text)] += 1
+    n = len(texts)
+    cells = [(counts[t], n * p) for t, p in exact.items() if n * p >= 5]
+    rest = [(counts[t], n * p) for t, p in exact.items() if n * p < 5]
+    if sum(e for _, e in rest) >= 5:
+        cells.append((sum(c for c, _ in rest), sum(e for _, e in rest)))
+    statistic = sum((c - e) ** 2 / e for c, e in cells)
+    if len(cells) < 2:
+        return 1.0
+    return torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2).double(), torch.tensor(statistic / 2).double()).item()
+
+
+def plant(module, *patches):
+    """A copy of a module with a bug: each patch (old, new) replaces a piece of its source that must be there exactly once."""
+    source = Path(module.__file__).read_text()
+    for old, new in patches:
+        assert source.count(old) == 1, f"the planted bug no longer fits the source: {old!r}"
+        source = source.replace(old, new)
+    mutant = types.ModuleType(module.__name__)
+    mutant.__file__ = module.__file__
+    exec(compile(source, f"{module.__name__} with a planted bug", "exec"), mutant.__dict__)
+    return mutant
+
+
+def save(model, folder):
+    """Write a model as a Hugging Face folder; its rotary scaling must be "default"."""
+    c = model.config
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dict(
+        model_type="llama", vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_theta, max_position_embeddings=c.context, tie_word_embeddings=c.tied, eos_token_id=list(c.stop_tokens))))
+    save_file({name: tensor.contiguous() for name, tensor in model.checkpoint().items()}, folder / "model.safetensors")

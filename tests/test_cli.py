@@ -1,0 +1,147 @@
+"""The command line: what it prints, and that bad input ends in one clear line and exit code 2."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import pass_sampler
+from common import ROOT, save, tiny
+from model import run
+
+
+def call(capsys, *arguments):
+    """Run pass_sampler.py in this process. Returns exit code, stdout, stderr."""
+    sys.argv = ["pass_sampler.py", *map(str, arguments)]
+    code = 0
+    try:
+        run(pass_sampler.main)
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def test_json_is_one_object(folder, capsys):
+    code, out, err = call(capsys, "--model", folder, "--prompt", "import", "--json", "--samples", 2, "--temperature", 1,
+                          "--max-new-tokens", 9, "--length", 3)
+    result = json.loads(out)
+    assert code == 0 and err == ""
+    assert list(result) == ["method", "tokens", "stop_reason", "passes", "drafted", "accepted_by_position", "tokens_per_pass",
+                            "seconds", "prefill_seconds", "text"]
+    assert [len(row) for row in result["tokens"]] == [9, 9] and result["stop_reason"] == ["length"] * 2
+    assert len(result["text"]) == 2 and 0 < result["prefill_seconds"] < result["seconds"]
+    code, out, _ = call(capsys, "--model", folder, "--prompt", "import", "--json", "--compare", "--max-new-tokens", 5)
+    result = json.loads(out)
+    assert result["autoregressive"]["tokens"] == result["pass"]["tokens"] and result["ratio"] > 0
+
+
+def test_stream_and_summary(folder, capsys):
+    """The streamed text is the text; a pipe has no colour; the figures go to stderr, in one line."""
+    arguments = ["--model", folder, "--prompt", "import", "--max-new-tokens", 30, "--temperature", 1]
+    _, out, err = call(capsys, *arguments)
+    _, as_json, _ = call(capsys, *arguments, "--json")
+    assert out == json.loads(as_json)["text"][0] + "\n" and "\033" not in out
+    assert err.startswith("pass: 30 tokens, ") and "tokens a pass, accepted by position" in err and err.count("\n") == 1
+    _, out, err = call(capsys, *arguments, "--compare", "--lookahead", "unk")
+    assert out.startswith("--- autoregressive\n") and "\n--- pass\n" in out and "as fast (median of 3 interleaved runs)" in err
+
+
+def test_accepted_drafts_stand_out_on_a_terminal(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    arguments = ["--model", folder, "--prompt", "import", "--max-new-tokens", 40, "--temperature", 1]
+    _, out, _ = call(capsys, *arguments)
+    assert "\033[32m" in out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert call(capsys, *arguments)[1] == out.replace("\033[32m", "").replace("\033[0m", "")
+
+
+def test_prompt_from_file_and_standard_input(folder, tmp_path):
+    (tmp_path / "prompt.txt").write_text("import sys\n")
+    command = [sys.executable, ROOT / "pass_sampler.py", "--model", folder, "--json", "--max-new-tokens", "4"]
+    from_file = subprocess.run([*command, "--prompt-file", tmp_path / "prompt.txt"], capture_output=True, check=True)
+    from_stdin = subprocess.run([*command, "-"], input=b"import sys\n", capture_output=True, check=True)
+    assert json.loads(from_file.stdout)["tokens"] == json.loads(from_stdin.stdout)["tokens"]
+
+
+def test_exit_code_of_the_process_and_closed_pipe(folder):
+    script = f"{sys.executable} {ROOT / 'pass_sampler.py'} --model {folder} --samples 3 --max-new-tokens 50"
+    bad = subprocess.run(f"{script} --temperature -1", shell=True, capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1 and bad.stderr.startswith("error: temperature")
+    closed = subprocess.run(f"{script} | head -c 1 > /dev/null", shell=True, capture_output=True, text=True)
+    assert closed.stderr.count("\n") <= 1 and "rror" not in closed.stderr
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--model", "nowhere"], "no model folder nowhere"),
+    (["--prompt", ""], "prompt is empty"),
+    (["--prompt-file", "nowhere.txt"], "cannot read the prompt"),
+    (["--prompt", "long " * 100], "shorten the prompt"),
+    (["--temperature", "-0.1"], "temperature must be"),
+    (["--temperature", "nan"], "temperature must be"),
+    (["--temperature", "inf"], "temperature must be"),
+    (["--top-k", "-1"], "top-k must be"),
+    (["--top-p", "0"], "top-p must be"),
+    (["--top-p", "1.5"], "top-p must be"),
+    (["--max-new-tokens", "0"], "at least one"),
+    (["--samples", "0"], "samples must be"),
+    (["--length", "0"], "length must be"),
+    (["--device", "warp"], "device 'warp' cannot be used"),
+    (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+    (["--lookahead", "nowhere.safetensors"], "cannot read nowhere.safetensors"),
+    (["--method", "magic"], "invalid choice: 'magic'"),
+    (["--dtype", "int8"], "invalid choice: 'int8'"),
+])
+def test_bad_arguments(arguments, says, folder, capsys):
+    defaults = [] if "--model" in arguments else ["--model", folder]
+    code, out, err = call(capsys, *defaults, *arguments)
+    assert code == 2 and out == "" and says in err
+    assert "invalid choice" in says or (err.startswith("error: ") and err.count("\n") == 1)
+
+
+@pytest.mark.parametrize("tensors, says", [
+    ({"embeddings": torch.zeros(3, 15)}, r"this model needs (L, 16)"),
+    ({"embeddings": torch.zeros(3, 16, dtype=torch.long)}, "this model needs"),
+    ({"weights": torch.zeros(3, 16)}, "no look-ahead file"),
+    ({"embeddings": torch.zeros(2, 16)}, "fewer than --length 3"),
+    ({"embeddings": torch.full((3, 16), torch.nan)}, "not finite"),
+])
+def test_bad_lookahead_files(tensors, says, folder, tmp_path, capsys):
+    save_file(tensors, tmp_path / "lookahead.safetensors")
+    code, out, err = call(capsys, "--model", folder, "--lookahead", tmp_path / "lookahead.safetensors", "--length", 3)
+    assert code == 2 and out == "" and says in err and err.count("\n") == 1
+
+
+def test_lookahead_file_is_used(folder, tmp_path, capsys):
+    save_file({"embeddings": torch.randn(3, 16)}, tmp_path / "lookahead.safetensors")
+    code, out, _ = call(capsys, "--model", folder, "--lookahead", tmp_path / "lookahead.safetensors", "--json", "--max-new-tokens", 9)
+    assert code == 0 and len(json.loads(out)["accepted_by_position"]) == 3
+
+
+@pytest.mark.parametrize("file, content, says", [
+    ("tokenizer.model", None, "neither tokenizer.model nor tokenizer.json"),
+    ("tokenizer.model", b"not a tokenizer", "tokenizer.model"),
+    ("tokenizer.json", b"{}", "tokenizer.json"),
+    ("config.json", b"{", "config.json"),
+    ("config.json", b"[]", "model_type"),
+    ("model.safetensors", b"", "model.safetensors"),
+])
+def test_bad_model_folders(file, content, says, folder, tmp_path, capsys):
+    if file == "tokenizer.json":
+        pytest.importorskip("tokenizers")
+    for name in ("config.json", "model.safetensors", "tokenizer.model"):
+        if not file.startswith(name.split(".")[0]):
+            (tmp_path / name).write_bytes((folder / name).read_bytes())
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    code, out, err = call(capsys, "--model", tmp_path)
+    assert code == 2 and out == "" and says in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_tokenizer_of_another_model(folder, tmp_path, capsys):
+    save(tiny(100, dtype=torch.float32), tmp_path / "small")
+    (tmp_path / "small" / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    code, _, err = call(capsys, "--model", tmp_path / "small")
+    assert code == 2 and "vocabulary" in err

@@ -1,0 +1,192 @@
+"""The model is LLaMA, the cache loses and leaks nothing, and what is not LLaMA is refused."""
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common import FIXTURE, tiny, whole
+from model import DTYPES, Cache, Config, InputError, Llama, load_tokenizer
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "plain"])
+def test_equals_transformers(name):
+    """Grouped, single and plain key/value heads; llama3, linear and no rotary scaling; both spellings of config.json."""
+    model, expected = Llama.load(FIXTURE / name), load_file(FIXTURE / name / "expected.safetensors")
+    B, T = expected["tokens"].shape
+    h = model(expected["tokens"], torch.arange(T).expand(B, T), Cache(model, B, T))
+    torch.testing.assert_close(model.logits(h), expected["logits"], atol=2e-5, rtol=1e-5)
+    assert model.config.stop_tokens == (2, 3)
+
+
+def test_loads_shards_and_dtypes(tmp_path):
+    weights = load_file(FIXTURE / "untied" / "model.safetensors")
+    shutil.copy(FIXTURE / "untied" / "config.json", tmp_path)
+    names = sorted(weights)
+    for i, part in enumerate((names[::2], names[1::2])):
+        save_file({n: weights[n].bfloat16() for n in part}, tmp_path / f"part{i}.safetensors")
+    index = {n: f"part{i}.safetensors" for i, part in enumerate((names[::2], names[1::2])) for n in part}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    model = Llama.load(tmp_path, torch.float64)
+    for name, tensor in model.checkpoint().items():
+        assert tensor.dtype == torch.float64 and torch.equal(tensor, weights[name].bfloat16().double()), name
+
+
+def test_block_by_block_equals_whole():
+    """Any cut of a text into blocks, token ids or embeddings, gives what the whole gives."""
+    model, tokens = tiny(50), torch.randint(50, (20,), generator=torch.Generator().manual_seed(0)).tolist()
+    cache, logits, at = Cache(model, 1, 20), [], 0
+    for T in (1, 5, 2, 1, 8, 3):
+        x = torch.tensor([tokens[at:at + T]])
+        h = model(model.embed(x) if T == 5 else x, torch.arange(at, at + T)[None], cache)
+        cache.commit(T)
+        logits.append(model.logits(h)[0])
+        at += T
+    torch.testing.assert_close(torch.cat(logits), whole(model, tokens))
+
+
+def test_uncommitted_leaves_no_trace():
+    """A block that is only partly committed, or not at all, is as if the rest had never run."""
+    model = tiny(50)
+    cache = Cache(model, 1, 20)
+    model(torch.tensor([[1, 2, 3, 40, 41]]), torch.arange(5)[None], cache)
+    cache.commit(3)
+    model(torch.tensor([[30, 31, 32]]), torch.arange(3, 6)[None], cache)  # never committed
+    h = model(torch.tensor([[4, 5]]), torch.arange(3, 5)[None], cache)
+    torch.testing.assert_close(model.logits(h)[0], whole(model, [1, 2, 3, 4, 5])[3:])
+
+
+def test_commit_keeps_a_path():
+    """Per row, named columns move down in their order: two branches after one root, each row keeps another."""
+    model = tiny(50)
+    cache = Cache(model, 2, 20)
+    model(torch.tensor([[1, 2], [1, 2]]), torch.arange(2).expand(2, 2), cache)
+    cache.commit(2)
+    visible = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]]).bool()
+    positions = torch.tensor([2, 3, 3, 4, 4]).expand(2, 5)  # root, a, b, child of a, child of b
+    h = model(torch.tensor([[3, 10, 20, 11, 21]] * 2), positions, cache, visible)
+    torch.testing.assert_close(model.logits(h)[0, 3], whole(model, [1, 2, 3, 10, 11])[-1])
+    torch.testing.assert_close(model.logits(h)[1, 4], whole(model, [1, 2, 3, 20, 21])[-1])
+    cache.commit(torch.tensor([2, 3]), torch.tensor([[0, 2, 4], [0, 2, 4]]))
+    assert cache.length.tolist() == [4, 5]
+    h = model(torch.tensor([[7], [8]]), cache.length[:, None], cache)
+    torch.testing.assert_close(model.logits(h)[0, 0], whole(model, [1, 2, 3, 20, 7])[-1])
+    torch.testing.assert_close(model.logits(h)[1, 0], whole(model, [1, 2, 3, 20, 21, 8])[-1])
+
+
+def test_ragged_rows_equal_single_rows():
+    model = tiny(50)
+    texts = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11]]
+    cache = Cache(model, 3, 20)
+    model(torch.tensor([t[:-1] + [0] * (6 - len(t)) for t in texts]), torch.arange(5).expand(3, 5), cache)
+    cache.commit(torch.tensor([len(t) - 1 for t in texts]))
+    h = model(torch.tensor([t[-1:] for t in texts]), cache.length[:, None], cache)
+    for row, text in enumerate(texts):
+        torch.testing.assert_close(model.logits(h)[row, 0], whole(model, text)[-1])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_memory_is_seen_by_its_readers_only(rows):
+    """Logits of ordinary columns are bit for bit the same with memory in the cache; a reader's are not."""
+    model, generator = tiny(50), torch.Generator().manual_seed(1)
+    memory = torch.randn(2, 2, 3, 2, 6, dtype=torch.float64, generator=generator)
+    plain, with_memory = Cache(model, rows, 9), Cache(model, rows, 9, memory)
+    for T in (4, 1):
+        x, positions = torch.arange(T).expand(rows, T), plain.length[:, None] + torch.arange(T)
+        assert torch.equal(model(x, positions, plain), model(x, positions, with_memory))
+        plain.commit(T), with_memory.commit(T)
+    x, positions = torch.tensor([[4, 5]] * rows), torch.tensor([[5, 6]] * rows)
+    h, reads = model(x, positions, plain), model(x, positions, with_memory, sees_memory=torch.tensor([False, True]))
+    torch.testing.assert_close(h[:, 0], reads[:, 0])
+    assert (h[:, 1] - reads[:, 1]).abs().min(0).values.max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float16", 0.02), ("bfloat16", 0.15), ("float32", 1e-4)])
+def test_all_float_types_agree(dtype, tolerance):
+    logits = whole(tiny(50, dtype=DTYPES[dtype]), [1, 2, 3, 4, 5])
+    assert logits.dtype == DTYPES[dtype]
+    torch.testing.assert_close(logits.double(), whole(tiny(50), [1, 2, 3, 4, 5]), atol=tolerance, rtol=0)
+
+
+def test_block_beyond_the_cache_is_an_error():
+    model = tiny(50)
+    with pytest.raises(IndexError):
+        model(torch.tensor([[1, 2, 3]]), torch.arange(3)[None], Cache(model, 1, 2))
+
+
+def config_with(folder, to, **changes):
+    to.mkdir(exist_ok=True)
+    (to / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+    return to
+
+
+@pytest.mark.parametrize("change", [
+    {"model_type": "mistral"}, {"hidden_act": "gelu"}, {"attention_bias": True}, {"mlp_bias": True}, {"sliding_window": 16},
+    {"quantization_config": {"bits": 4}}, {"rope_scaling": {"type": "yarn", "factor": 2}}, {"rope_scaling": {"type": "linear"}},
+    {"num_key_value_heads": 3}, {"num_attention_heads": 0}, {"hidden_size": "16"}, {"vocab_size": None}, {"torch_dtype": "int8"},
+    {"head_dim": 5}, {"rms_norm_eps": -1.0}])
+def test_refuses_what_is_not_supported(change, tmp_path):
+    with pytest.raises(InputError, match="config.json"):
+        Config.load(config_with(FIXTURE / "tied", tmp_path, **change))
+
+
+def test_stop_tokens_of_generation_config_come_first(tmp_path):
+    config_with(FIXTURE / "tied", tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert Config.load(tmp_path).stop_tokens == (7,)
+
+
+@pytest.mark.parametrize("kind", ["missing", "extra", "shape", "dtype", "truncated", "no file", "no shard"])
+def test_bad_weights_are_named(kind, tmp_path):
+    weights, name = load_file(FIXTURE / "tied" / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    config_with(FIXTURE / "tied", tmp_path)
+    if kind == "missing":
+        del weights[name]
+    if kind == "extra":
+        weights[name := "model.layers.0.self_attn.q_proj.bias"] = torch.zeros(48)
+    if kind in ("shape", "dtype"):
+        weights[name] = weights[name][:-1] if kind == "shape" else weights[name].long()
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    if kind.startswith("no "):
+        path.unlink()
+        if kind == "no shard":
+            (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: "part.safetensors"}}))
+    with pytest.raises(InputError, match=name if kind in ("missing", "extra", "shape", "dtype") else r"safetensors"):
+        Llama.load(tmp_path)
+
+
+TEXTS = ["def f(x):\n\treturn  x**2  # 1984\n", "naïve — “quoted” Привет 你好 🎉👩‍👩‍👧 é", " leading and trailing "]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_sentencepiece_streams_whole_characters(folder, text):
+    tokenizer = load_tokenizer(folder)
+    tokens = tokenizer.encode(text)
+    stream = tokenizer.stream()
+    parts = [stream(token) for token in tokens]
+    assert "\ufffd" not in "".join(parts)
+    from sentencepiece import SentencePieceProcessor
+    sp = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert "".join(parts).strip() == sp.decode(tokens).strip()
+    assert tokens[0] == sp.bos_id() and parts[0] == ""
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokenizer_json_streams_whole_characters(tmp_path, text):
+    tokenizers = pytest.importorskip("tokenizers")
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(
+        sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}, []))
+    hf.pre_tokenizer, hf.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    hf.add_special_tokens(["<end>"])
+    hf.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    tokens = tokenizer.encode(text)
+    stream = tokenizer.stream()
+    parts = [stream(token) for token in tokens]
+    assert len(tokens) == len(text.encode()) and "".join(parts) == text
+    assert all("\ufffd" not in part for part in parts)
+    assert tokenizer.decode([hf.token_to_id("<end>"), *tokens]) == text and tokenizer.unk is None

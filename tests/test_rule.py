@@ -1,0 +1,113 @@
+"""The rejection rule gives exactly p: by enumeration, not by sampling, through the code that the sampler runs.
+
+`draw` and `verify` are piecewise constant in their uniforms. Where p and q are multiples of 1/4, every threshold (p/q, or a
+cumulative share of a residual) is a multiple of 1/12, so the average over the 12 midpoints of a uniform *is* the integral.
+"""
+import itertools
+
+import pytest
+import torch
+
+import pass_sampler
+from common import naive_probs, plant
+from pass_sampler import Params, draw, probs
+
+GRID = (torch.arange(12, dtype=torch.float64) + 0.5) / 12
+SIMPLEX = [torch.tensor(c, dtype=torch.float64) / 4 for c in itertools.product(range(5), repeat=3) if sum(c) == 4]  # V = 3
+
+
+def output_distribution(verify, p, q):
+    """Exact distribution of (accepted drafts, next token): p (L+1,V), q (L,V) -> {(token, ...): probability}."""
+    L, V = q.shape
+    drafts = torch.tensor(list(itertools.product(range(V), repeat=L))).view(V ** L, L)
+    weight = q.gather(1, drafts.T).prod(0) if L else torch.ones(1, dtype=torch.float64)
+    drafts, weight = drafts[weight > 0], weight[weight > 0]
+    u = torch.cartesian_prod(*[GRID] * (L + 1)).view(-1, L + 1)
+    B, n = len(drafts) * len(u), len(u)
+    accepted, last = verify(p.expand(B, -1, -1), q.expand(B, -1, -1), drafts.repeat_interleave(n, 0), u.repeat(len(drafts), 1))
+    total = {}
+    for d, a, y, w in zip(drafts.repeat_interleave(n, 0).tolist(), accepted.tolist(), last.tolist(), weight.repeat_interleave(n).tolist()):
+        key = (*d[:a], y)
+        total[key] = total.get(key, 0) + w / n
+    return total
+
+
+def check_rule(module, cases):
+    """Whatever is kept, each token must have the probability p given those before it."""
+    for p, q in cases:
+        total = output_distribution(module.verify, p, q)
+        for i in range(len(p)):
+            # Texts that reach position i: those of more than i tokens. Given the first i, the next must be distributed as p_i.
+            reached = {}
+            for text, w in total.items():
+                if len(text) > i:
+                    reached.setdefault(text[:i], torch.zeros(p.shape[1], dtype=torch.float64))[text[i]] += w
+            for before, weights in reached.items():
+                share = weights / weights.sum()
+                assert torch.allclose(share, p[i], atol=1e-12), (
+                    f"after the accepted drafts {before} the output is distributed as {share.tolist()}, but the target is "
+                    f"p = {p[i].tolist()} (drafts from q = {q.tolist()}): the rejection rule of Leviathan et al. is broken")
+
+
+ONE = [(torch.stack([p, bonus]), q[None]) for p in SIMPLEX for q in SIMPLEX for bonus in SIMPLEX[5:7]]
+TWO = [(torch.stack([SIMPLEX[i] for i in (a, b, 7)]), torch.stack([SIMPLEX[j] for j in (c, d)]))
+       for a, b, c, d in [(4, 9, 6, 4), (12, 3, 5, 10), (8, 8, 8, 2), (6, 11, 13, 7), (1, 4, 4, 1), (3, 7, 12, 4)]]
+
+
+def test_rule_is_exact():
+    """All p and q in quarters over three tokens, zeros and one-hots among them: L = 1, then L = 2, then no draft at all."""
+    check_rule(pass_sampler, ONE)
+    check_rule(pass_sampler, TWO)
+    check_rule(pass_sampler, [(p[None], torch.zeros(0, 3, dtype=torch.float64)) for p in SIMPLEX])
+
+
+BUGS = {
+    "p in place of the residual": ("residual = (p - q).clamp(min=0)", "residual = p"),
+    "residual of the absolute value": ("(p - q).clamp(min=0)", "(p - q).abs()"),
+    "the ratio inverted": ("u[:, :-1] * q_draft < p_draft", "u[:, :-1] * p_draft < q_draft"),
+    "accepted if merely possible": ("u[:, :-1] * q_draft < p_draft", "p_draft > 0"),
+    "argmax in place of a draw": ("return accepted, draw(residual, u[:, -1])", "return accepted, residual.argmax(-1)"),
+    "a draft accepted after a rejection": ("accept.long().cumprod(1).sum(1)", "accept.long().sum(1)"),
+    "no bonus from p: q of the last draft is still subtracted": ("F.pad(q, (0, 0, 0, 1))[rows", "torch.cat([q, q[:, -1:]], 1)[rows"),
+    "one random number for accepting and drawing": ("draw(residual, u[:, -1])", "draw(residual, u[:, 0])"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_in_the_rule_is_caught(bug):
+    with pytest.raises(AssertionError, match="rejection rule"):
+        check_rule(plant(pass_sampler, BUGS[bug]), ONE + TWO)
+
+
+def test_draw_is_exact_and_never_takes_a_zero():
+    for weights in ([0, 1, 2, 0, 1], [0, 0, 4, 0, 0], [1, 1, 1, 1, 0]):
+        p = torch.tensor(weights, dtype=torch.float64)
+        drawn = draw(p.expand(12, 5), GRID)
+        assert torch.equal(drawn.bincount(minlength=5) / 12, p / 4)
+        ends = draw(p.expand(2, 5), torch.tensor([0, 1 - 2 ** -53], dtype=torch.float64))
+        assert (p[ends] > 0).all()
+
+
+PARAMS = [Params(0), Params(1), Params(0.5), Params(2, top_k=3), Params(1, top_p=0.7), Params(0.7, 4, 0.8), Params(1, 100, 1.0),
+          Params(1, 1), Params(1e-9), Params(1e9)]
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=str)
+def test_probs_equals_the_definition(params):
+    logits = torch.randn(40, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
+    logits[1, 3:6] = logits[1, 2]  # ties at the k-th logit and at the threshold of top-p
+    logits[2] = 0
+    logits[3, :4] = -1e30
+    p = probs(logits, params)
+    expected = torch.tensor([naive_probs(row, params) for row in logits.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(p, expected, atol=1e-12, rtol=1e-9)
+    low = probs(logits.bfloat16(), params)
+    assert low.dtype == torch.float32 and torch.equal(low, probs(logits.bfloat16().float(), params))
+
+
+def test_top_p_follows_temperature_and_keeps_the_token_that_crosses():
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    assert probs(logits, Params(1, top_p=0.6)).count_nonzero() == 2
+    assert probs(logits, Params(0.1, top_p=0.6)).count_nonzero() == 1
+    assert probs(logits, Params(1, top_p=0.5)).count_nonzero() == 1
+    assert probs(logits, Params(1, top_k=3)).count_nonzero() == 4  # the third and the fourth tie

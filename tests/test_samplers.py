@@ -1,0 +1,184 @@
+"""Whole texts follow the model's own distribution: exactly where greedy, by chi-square against the chain rule elsewhere."""
+import pytest
+import torch
+
+import pass_sampler
+from common import ALPHA, exact_texts, p_value, plant, tiny
+from pass_sampler import METHODS, Params, generate
+
+PROMPTS = [[1], [2, 3, 1], [0, 1, 2, 3, 3, 1, 2]]
+N = 21_000  # texts a test, a third for each prompt; significance ALPHA. test_power says what deviation that finds.
+
+
+def look_ahead(model, L, seed=5):
+    """Random embeddings as large as the model's own: drafts far from the target, so every branch of the rule is taken."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(L, model.config.dim, dtype=model.embedding.dtype, generator=generator)
+
+
+# ------------------------------------------------------------------------------------------------------------------- greedy
+
+@pytest.mark.parametrize("L", [1, 2, 4, 7])
+def test_greedy_pass_equals_greedy_autoregressive(L):
+    """float32, token by token: 30 prompts of 1 to 30 tokens, one at a time, then as one ragged batch."""
+    model, generator = tiny(30, dtype=torch.float32, context=256, stop=(7,)), torch.Generator().manual_seed(L)
+    prompts = [torch.randint(30, (1 + i,), generator=generator).tolist() for i in range(30)]
+    settings = dict(params=Params(0), max_new_tokens=40)
+    expected = [generate(model, [p], "autoregressive", **settings)["tokens"][0] for p in prompts]
+    assert len({len(text) for text in expected}) > 3  # some stop early
+    for lookahead in (look_ahead(model, L), model.embedding[:L]):
+        single = [generate(model, [p], "pass", lookahead, **settings)["tokens"][0] for p in prompts]
+        batch = generate(model, prompts, "pass", lookahead, **settings)["tokens"]
+        assert single == expected and batch == expected
+    assert generate(model, prompts, "autoregressive", **settings)["tokens"] == expected
+
+
+def test_long_prompts_are_prefilled_in_blocks(monkeypatch):
+    model = tiny(30, dtype=torch.float32, context=256)
+    prompts = [list(range(20)) * 4, [1], list(range(9))]
+    whole = generate(model, prompts, "pass", look_ahead(model, 3), Params(0), 20)
+    monkeypatch.setattr(pass_sampler, "PREFILL_BLOCK", 8)
+    assert generate(model, prompts, "pass", look_ahead(model, 3), Params(0), 20)["tokens"] == whole["tokens"]
+
+
+def test_a_perfect_draft_is_always_accepted(monkeypatch):
+    """Two passes give L+2 tokens where every draft is right: here the drafts come from a look into the future."""
+    model = tiny(30, dtype=torch.float32, context=256)
+    text = generate(model, [[1]], "autoregressive", None, Params(0), 60)["tokens"][0]
+    original = pass_sampler.Run.probs
+
+    def oracle(run, h):
+        p = original(run, h)
+        n = len(run.tokens[0])
+        if h.shape[1] > 1 and run.passes % 2:  # pass 1 (prefill is the first): replace q by what is going to come
+            p[0, 1:] = torch.nn.functional.one_hot(torch.tensor(text[n + 1:n + h.shape[1]]), 30)
+        return p
+    monkeypatch.setattr(pass_sampler.Run, "probs", oracle)
+    result = generate(model, [[1]], "pass", look_ahead(model, 4), Params(0), 60)
+    assert result["tokens"][0] == text and result["passes"] == 20 and result["tokens_per_pass"] == 3
+    assert result["accepted_by_position"] == [1, 1, 1, 1] and result["drafted"] == 40
+
+
+# ------------------------------------------------------------------------------------------------------ joint distributions
+
+SETTINGS = [Params(1), Params(0.5), Params(1, top_k=2), Params(1, top_p=0.7), Params(0.7, 3, 0.8), Params(1.5, 3)]
+
+
+def check_joint(module, method, params, prompts=PROMPTS, samples=N, seed=0):
+    """Null hypothesis: the texts of 5 tokens, fewer where 0 stops them, are independent draws from the model.
+
+    The batch holds many rows of each prompt, so that rows of different lengths accept different numbers of drafts. Five tokens
+    reach two tokens past the second drafting pass, where whatever a step leaves behind in the cache does its damage.
+    """
+    model = tiny(4, seed=3, stop=(0,))
+    params = module.Params(params.temperature, params.top_k, params.top_p)
+    lookahead = None if method == "autoregressive" else look_ahead(model, 3)
+    rows = prompts * (samples // len(prompts))
+    texts = module.generate(model, rows, method, lookahead, params, 5, seed)["tokens"]
+    for i, prompt in enumerate(prompts):
+        p = p_value(texts[i::len(prompts)], exact_texts(model, prompt, params, 5))
+        assert p > ALPHA, f"{method}, {params}: texts after {prompt} do not follow the model (p-value {p:.1e})"
+
+
+@pytest.mark.parametrize("params", SETTINGS, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_ragged_batch_follows_the_model(method, params):
+    check_joint(pass_sampler, method, params)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_single_rows_follow_the_model(method):
+    """Batch of one: 3,000 runs, each with a seed of its own."""
+    model, params = tiny(4, seed=3, stop=(0,)), Params(0.8, 3)
+    texts = [generate(model, [[2, 3, 1]], method, look_ahead(model, 3), params, 3, seed)["tokens"][0] for seed in range(3000)]
+    assert p_value(texts, exact_texts(model, [2, 3, 1], params, 3)) > ALPHA
+
+
+BUGS = {
+    "p in place of the residual": [("residual = (p - q).clamp(min=0)", "residual = p")],
+    "q from other parameters than the drafts were drawn with":
+        [("accepted, x = verify(p, q,", "accepted, x = verify(p, q ** 2 / (q ** 2).sum(-1, keepdim=True),")],
+    "argmax in place of a draw": [("return accepted, draw(residual, u[:, -1])", "return accepted, residual.argmax(-1)")],
+    "a rejected draft left in the cache": [("run.commit(1 + accepted)", "run.commit((2 + accepted).clamp(max=1 + L))")],
+    "an accepted draft missing in the cache": [("run.commit(1 + accepted)", "run.commit(accepted.clamp(min=1))")],
+    "look-ahead committed with the token": [("h = run.forward(torch.cat([run.model.embed(x[:, None]), lookahead[:, :L]], 1))  "
+                                             "# pass 1\n        run.commit(1)",
+                                             "h = run.forward(torch.cat([run.model.embed(x[:, None]), lookahead[:, :L]], 1))\n"
+                                             "        run.commit(1 + L)")],
+    "rows share their random numbers": [("torch.rand(len(self.prompts), n,", "torch.rand(1, n,"),
+                                        ("device=self.device)\n\n    def probs", "device=self.device).expand(len(self.prompts), -1)"
+                                         "\n\n    def probs")],
+    "drafts judged by the distributions of the columns after them": [("p = run.probs(run.forward(tokens))",
+                                                                      "p = run.probs(run.forward(tokens)).roll(-1, 1)")],
+    "a ragged batch that uses row 0's length": [("positions = self.cache.length[:, None] +", "positions = self.cache.length[:1, None] +")],
+    "a stop token inside an accepted run is overlooked": [("if token in self.model.config.stop_tokens:",
+                                                           "if token in self.model.config.stop_tokens and i == accepted[row]:")],
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_caught(bug):
+    mutant = plant(pass_sampler, *BUGS[bug])
+    with pytest.raises(AssertionError, match="do not follow the model"):
+        for params in SETTINGS[:2]:
+            check_joint(mutant, "pass", params)
+
+
+def test_power():
+    """How small a deviation is found: shift a share of the probability from one text to another.
+
+    With N/3 texts a prompt, a shift of 3 % of all texts (total variation 0.03) must be refuted at ALPHA; fixed seeds, ten of ten.
+    """
+    model = tiny(4, seed=3, stop=(0,))
+    exact = exact_texts(model, PROMPTS[0], Params(1), 5)
+    texts, weights = list(exact), torch.tensor(list(exact.values()))
+    order = weights.argsort()
+    shifted = weights.clone()
+    shifted[order[-1]] -= 0.03
+    shifted[order[len(order) // 2]] += 0.03
+    for seed in range(10):
+        drawn = torch.multinomial(shifted, N // 3, True, generator=torch.Generator().manual_seed(seed))
+        assert p_value([texts[i] for i in drawn.tolist()], exact) < ALPHA
+        drawn = torch.multinomial(weights, N // 3, True, generator=torch.Generator().manual_seed(seed))
+        assert p_value([texts[i] for i in drawn.tolist()], exact) > ALPHA
+
+
+# ------------------------------------------------------------------------------------------------- stopping, seeds, statistics
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stop_then_budget_then_context(method):
+    model = tiny(30, dtype=torch.float32, context=24)
+    text = generate(model, [[1, 2, 3]], "autoregressive", None, Params(0), 100)
+    assert text["stop_reason"] == ["context"] and len(text["tokens"][0]) == 21
+    text = text["tokens"][0]
+    for L in (1, 3, 6):
+        lookahead = look_ahead(model, L)
+        for n in (1, 2, 3, 7, 21, 22):
+            result = generate(model, [[1, 2, 3]], method, lookahead, Params(0), n)
+            assert result["tokens"][0] == text[:n] and result["stop_reason"] == ["length" if n <= 21 else "context"]
+        for i in range(8):  # every token in turn as the stop token
+            stopping = tiny(30, dtype=torch.float32, context=24, stop=(text[i],))
+            result = generate(stopping, [[1, 2, 3]], method, lookahead, Params(0), 12)
+            assert result["tokens"][0] == text[:text.index(text[i]) + 1] and result["stop_reason"] == ["stop"]
+        n = text.index(text[7]) + 1  # the stop token as the last of the budget: stop comes first
+        stopping = tiny(30, dtype=torch.float32, context=24, stop=(text[7],))
+        assert generate(stopping, [[1, 2, 3]], method, lookahead, Params(0), n)["stop_reason"] == ["stop"]
+    one_left = generate(model, [list(range(23))], method, look_ahead(model, 3), Params(0), 100)
+    assert len(one_left["tokens"][0]) == 1 and one_left["stop_reason"] == ["context"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_seeds(method):
+    model = tiny(30)
+    texts = lambda seed, rows=1: generate(model, [[1, 2]] * rows, method, look_ahead(model, 3), Params(1), 12, seed)["tokens"]
+    assert texts(1, 3) == texts(1, 3) != texts(2, 3)
+    assert len({tuple(row) for row in texts(1, 8)}) == 8
+
+
+def test_streamed_tokens_are_the_result():
+    model, seen = tiny(30), [[], []]
+    result = generate(model, [[1], [2, 3, 4]], "pass", look_ahead(model, 3), Params(1), 20,
+                      on_token=lambda row, token, from_draft: seen[row].append((token, from_draft)))
+    assert seen == [list(zip(t, f)) for t, f in zip(result["tokens"], result["from_draft"])]
+    share, drafted = result["accepted_by_position"], result["drafted"]
+    assert drafted >= 3 and sorted(share, reverse=True) == share and any(map(any, result["from_draft"]))
