@@ -11,7 +11,7 @@ test: .venv/ready  ## the proofs
 
 smollm2: $(MODEL)  ## SmolLM2-135M-Instruct as a Hugging Face folder under models/
 
-$(MODEL): .venv/ready demo/smollm2.py
+$(MODEL): demo/smollm2.py | .venv/ready
 	.venv/bin/python demo/smollm2.py --out $(@D)
 
 .venv/ready: requirements.txt requirements-smollm2.txt

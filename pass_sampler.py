@@ -8,19 +8,20 @@ Read `probs`, `draw`, `verify` (the rule that makes drafts harmless), then the l
 Start with model.py, where block, cache and commit are explained.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from model import DTYPES, Cache, InputError, Llama, device_named, load_tokenizer, open_tensors, run
+from model import DTYPES, Cache, InputError, Llama, device_named, load_tokenizer, open_tensors, run_script
 
 # ------------------------------------------------------------------------------------- distributions and the rejection rule
 
@@ -51,7 +52,7 @@ def probs(logits, params):
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if params.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / params.temperature  # the maximum is 0: no overflow near 0
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(params.temperature, 1e-30)  # maximum 0: no overflow
     if 0 < params.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(params.top_k).values[..., -1:], -math.inf)
     p = logits.softmax(-1)
@@ -98,18 +99,95 @@ def verify(p, q, drafts, u):
     return accepted, draw(residual, u[:, -1])
 
 
+# ---------------------------------------------------------------------------------------------------------------- look-ahead
+
+@dataclass
+class Lookahead:
+    """All that is trained; the model is frozen. The paper's method is `embeddings` alone, the rest is optional.
+
+    embeddings (L,D): what stands in the look-ahead columns.
+    memory (layers,2,R,K,E): keys (as they enter attention, not rotated) and values that only look-ahead columns see.
+    head_in (r,2D), head_out (D,r): the draft head. A look-ahead column does not know the token before the one it predicts, but when
+    its draft is drawn that token is known. Its embedding e corrects the column's state h to h + head_out @ features(h, e).
+    """
+    embeddings: torch.Tensor
+    memory: torch.Tensor | None = None
+    head_in: torch.Tensor | None = None
+    head_out: torch.Tensor | None = None
+    folded: torch.Tensor | None = None  # made by `fit`
+
+    def features(self, h, e):
+        """h, e (...,D) -> (...,r)."""
+        both = torch.cat([F.rms_norm(h, h.shape[-1:]), F.rms_norm(e, e.shape[-1:])], -1)
+        return F.silu(F.linear(both, self.head_in))
+
+    def fit(self, model):
+        """Make it ready, in place, for sampling from this model: its dtype, its device, and the head folded into the vocabulary,
+        folded = W_out @ head_out (V,r), so that a draft costs V*r and not a second product with W_out."""
+        for name, tensor in vars(self).items():
+            if isinstance(tensor, torch.Tensor):
+                setattr(self, name, tensor.to(model.embedding))
+        if self.head_in is not None and self.folded is None:
+            self.folded = model.logits(self.head_out.T).T.contiguous()
+        return self
+
+
+def fingerprint(config):
+    """Names the model that a look-ahead was trained for: a hash of what shapes it."""
+    return hashlib.sha256(repr(replace(config, dtype="", stop_tokens=())).encode()).hexdigest()[:16]
+
+
+def load_lookahead(spec, model, tokenizer, prompt, length=None):
+    """The Lookahead that `spec` names.
+
+    A safetensors file as train_lookahead.py writes: tensor `embeddings` (L,D), optionally `memory`, `head_in` and `head_out`;
+    "unk", the embedding of the unknown token, the untrained baseline of the paper; or "mean", the mean embedding of the prompt
+    (arXiv 2603.17942), without training too. length: L; None is all that the file has, or 4.
+    Raises InputError where the file does not fit the model.
+    """
+    if length is not None and length < 1:
+        raise InputError(f"length must be at least 1, not {length}; for none use --method autoregressive")
+    c = model.config
+    if spec == "mean":
+        return Lookahead(model.embed(torch.tensor(prompt, device=model.embedding.device)).mean(0).repeat(length or 4, 1))
+    if spec == "unk":
+        if tokenizer.unk is None:
+            raise InputError("this tokenizer has no unknown token; use --lookahead mean or a trained file")
+        return Lookahead(model.embedding[tokenizer.unk].repeat(length or 4, 1))
+    with open_tensors(spec) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        about = json.loads((file.metadata() or {}).get("lookahead", "{}"))
+    if about.get("model", fingerprint(c)) != fingerprint(c):
+        raise InputError(f"{spec} was trained for another model; train one for this model with train_lookahead.py")
+    sizes = {name: tensor.shape[0] if tensor.ndim else 0 for name, tensor in tensors.items()}
+    rank, slots = sizes.get("head_in", 0), tensors["memory"].shape[2] if tensors.get("memory", torch.empty(0)).ndim == 5 else 0
+    shapes = {"embeddings": (sizes.get("embeddings"), c.dim), "memory": (c.n_layers, 2, slots, c.n_kv_heads, c.head_dim),
+              "head_in": (rank, 2 * c.dim), "head_out": (c.dim, rank)}
+    if "embeddings" not in tensors or ("head_in" in tensors) != ("head_out" in tensors) or set(tensors) - set(shapes):
+        raise InputError(f"{spec} is no look-ahead file: its tensors are {', '.join(tensors)}, not {', '.join(shapes)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes[name] or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise InputError(f"{spec}: {name} must be finite floats of shape {shapes[name]}, not {tensor.dtype} {tuple(tensor.shape)}: "
+                             "damaged, or trained for another model?")
+    if length is not None and length > len(tensors["embeddings"]):
+        raise InputError(f"{spec} has {len(tensors['embeddings'])} look-ahead tokens, fewer than --length {length}")
+    return Lookahead(tensors.pop("embeddings")[:length], **tensors)
+
+
 # -------------------------------------------------------------------------------------------------------- what methods share
 
 class Run:
     """The state of one generation: cache, random numbers, and the rows' texts with their stops and statistics."""
 
-    def __init__(self, model, prompts, params, length, max_new_tokens, seed, on_token):
+    def __init__(self, model, prompts, params, lookahead, max_new_tokens, seed, on_token):
+        length = lookahead.embeddings.shape[-2]
         context, longest = model.config.context, max(map(len, prompts))
         self.model, self.prompts, self.params, self.on_token = model, prompts, params, on_token
+        self.lookahead, self.embeddings = lookahead, lookahead.embeddings.expand(len(prompts), -1, -1)
         self.device = model.embedding.device
         self.budget = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
         self.limit = ["length" if max_new_tokens <= context - len(prompt) else "context" for prompt in prompts]
-        self.cache = Cache(model, len(prompts), min(longest + max_new_tokens, context) + 1 + length)
+        self.cache = Cache(model, len(prompts), min(longest + max_new_tokens, context) + 1 + length, lookahead.memory)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.tokens = [[] for _ in prompts]
         self.from_draft = [[] for _ in prompts]  # per token: was it an accepted draft?
@@ -122,14 +200,16 @@ class Run:
         """(B,n) uniforms in [0, 1): every row and every decision has its own."""
         return torch.rand(len(self.prompts), n, dtype=torch.float64, generator=self.generator, device=self.device)
 
-    def probs(self, h):
-        return probs(self.model.logits(h), self.params)
+    def probs(self, logits):
+        return probs(logits, self.params)
 
-    def forward(self, x):
-        """A chain: the columns stand at the next positions and see one another causally."""
+    def forward(self, tokens, L=0):
+        """Run tokens (B,T) and the first L look-ahead tokens after the text: next positions, causal. Returns (B,T+L,D)."""
         self.passes += 1
-        positions = self.cache.length[:, None] + torch.arange(x.shape[1], device=self.device)
-        return self.model(x, positions, self.cache)
+        x = torch.cat([self.model.embed(tokens), self.embeddings[:, :L]], 1)
+        column = torch.arange(x.shape[1], device=self.device)
+        return self.model(x, self.cache.length[:, None] + column, self.cache,
+                          sees_memory=column >= tokens.shape[1] if L and self.cache.memory else None)
 
     def commit(self, count):
         self.cache.commit(count * self.alive)  # a finished row stays where it is, whatever the others do
@@ -160,21 +240,22 @@ class Run:
                     break
         return None in self.stop_reason
 
-    def remaining(self):
-        """The most tokens that a living row may still get: drafting beyond it would be wasted."""
-        return max(self.budget[row] - len(self.tokens[row]) for row, reason in enumerate(self.stop_reason) if reason is None)
+    def useful_drafts(self):
+        """L, or fewer at the end: a step of PaSS gives one token more before its drafts and one after them."""
+        left = max(self.budget[row] - len(self.tokens[row]) for row, reason in enumerate(self.stop_reason) if reason is None)
+        return max(0, min(self.embeddings.shape[1], left - 2))
 
 
 PREFILL_BLOCK = 512  # columns; bounds the memory of the mask and of the activations, however long the prompt
 
 
-def prefill(run, lookahead):
-    """Commit the prompts and carry the first look-ahead group (B,L,D) along. Returns the states (B,1+L,D) of each row's last
+def prefill(run, L=0):
+    """Commit the prompts and carry the first group of L look-ahead tokens along. Returns the states (B,1+L,D) of each row's last
     prompt token and of its look-ahead tokens, as every later drafting pass does.
 
     Rows differ in length, so each is laid out [ prompt | look-ahead | padding ]: causality hides the padding.
     """
-    model, cache, L, device = run.model, run.cache, lookahead.shape[1], run.device
+    model, cache, device = run.model, run.cache, run.device
     lengths = torch.tensor([len(prompt) for prompt in run.prompts], device=device)
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in run.prompts], batch_first=True).to(device)
     early = (lengths - PREFILL_BLOCK).clamp(min=0)  # tokens that go before the last block, itself at most PREFILL_BLOCK + L
@@ -189,8 +270,11 @@ def prefill(run, lookahead):
     count = lengths - early
     x, positions = columns(int(count.max()) + L)
     x, rows = model.embed(x), torch.arange(len(lengths), device=device)[:, None]
-    x[rows, count[:, None] + torch.arange(L, device=device)] = lookahead
-    h = model(x, positions, cache)[rows, count[:, None] - 1 + torch.arange(1 + L, device=device)]
+    group = count[:, None] + torch.arange(L, device=device)  # (B,L), the columns of the look-ahead
+    x[rows, group] = run.embeddings[:, :L]
+    sees_memory = torch.zeros(x.shape[:2], dtype=torch.bool, device=device).index_put((rows, group), torch.tensor(True, device=device))
+    h = model(x, positions, cache, sees_memory=sees_memory if L and cache.memory else None)
+    h = h[rows, count[:, None] - 1 + torch.arange(1 + L, device=device)]
     cache.commit(count)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -200,38 +284,55 @@ def prefill(run, lookahead):
 
 # --------------------------------------------------------------------------------------------------------------- the methods
 
-def autoregressive(run, lookahead):
+def autoregressive(run):
     """One pass a token: what every method must equal in distribution, and beat in time."""
-    h = prefill(run, lookahead[:, :0])
+    h = prefill(run)
     while True:
-        x = draw(run.probs(h[:, 0]), run.uniform(1)[:, 0])
+        x = draw(run.probs(run.model.logits(h[:, 0])), run.uniform(1)[:, 0])
         if not run.emit(x):
             return
         h = run.forward(x[:, None])
         run.commit(1)
 
 
-def parallel(run, lookahead):
+def draft(run, h, x):
+    """Draw d_1 .. d_L (B,L) from the states h (B,L,D) of the look-ahead tokens; also returns their q (B,L,V).
+
+    x (B,) is the token before d_1. Without a draft head no draft depends on another and all are drawn at once; with one, each q
+    is conditional on the draft before it, which is as exact, since the rule is given that q.
+    """
+    logits, u, head = run.model.logits(h), run.uniform(h.shape[1]), run.lookahead.folded
+    if head is None or h.shape[1] == 0:
+        q = run.probs(logits)
+        return draw(q, u), q
+    drafts, q = [x], []
+    for j in range(h.shape[1]):
+        features = run.lookahead.features(h[:, j], run.model.embed(drafts[j]))
+        q.append(run.probs(logits[:, j] + F.linear(features, head)))
+        drafts.append(draw(q[j], u[:, j]))
+    return torch.stack(drafts[1:], 1), torch.stack(q, 1)
+
+
+def parallel(run):
     """PaSS (arXiv 2311.13581, section 3): two passes give 2 to L+2 tokens.
 
     Pass 1 runs [x_n, LA_1 .. LA_L]: x_n yields p for x_{n+1}, and LA_j, at the position of x_{n+j} without having seen it,
     yields q for draft d_j of x_{n+1+j}. Pass 2 runs [x_{n+1}, d_1 .. d_L] and yields the p that judge the drafts.
     """
-    L = max(0, min(lookahead.shape[1], run.remaining() - 2))
-    h = prefill(run, lookahead[:, :L])
+    L = run.useful_drafts()
+    h = prefill(run, L)
     while True:
-        p = run.probs(h)
-        tokens, q = draw(p, run.uniform(1 + L)), p[:, 1:]
-        x, drafts = tokens[:, 0], tokens[:, 1:]
+        x = draw(run.probs(run.model.logits(h[:, 0])), run.uniform(1)[:, 0])
         if not run.emit(x):
             return
-        p = run.probs(run.forward(tokens))  # pass 2
+        drafts, q = draft(run, h[:, 1:], x)
+        p = run.probs(run.model.logits(run.forward(torch.cat([x[:, None], drafts], 1))))  # pass 2
         accepted, x = verify(p, q, drafts, run.uniform(1 + L))
-        run.commit(1 + accepted)
         if not run.emit(x, drafts, accepted):
             return
-        L = max(0, min(lookahead.shape[1], run.remaining() - 2))  # the last tokens of a text need fewer columns
-        h = run.forward(torch.cat([run.model.embed(x[:, None]), lookahead[:, :L]], 1))  # pass 1
+        run.commit(1 + accepted)
+        L = run.useful_drafts()
+        h = run.forward(x[:, None], L)  # pass 1
         run.commit(1)
 
 
@@ -242,68 +343,35 @@ METHODS = {"autoregressive": autoregressive, "pass": parallel}
 def generate(model, prompts, method="pass", lookahead=None, params=Params(), max_new_tokens=128, seed=0, on_token=None):
     """Continue each of `prompts`, lists of token ids that may differ in length, by a method of METHODS.
 
-    lookahead: (L,D), or (B,L,D) for one per row; None for autoregressive.  on_token(row, token, from_draft) is called for
+    lookahead: a Lookahead; autoregressive needs none.  on_token(row, token, from_draft) is called for
     each token as it is made. The same seed, method, batch and machine give the same text.
     Returns a dict: method, tokens and from_draft (lists of lists), stop_reason ("stop", "length" or "context", per row),
     passes (forward passes, prefill being one), drafted (count), accepted_by_position (share of the drafts at each position that
     were accepted, each position after all before it), tokens_per_pass (per row), seconds (in all) and prefill_seconds.
     Raises InputError for an empty prompt, one that leaves no room in the context, and ids outside of the vocabulary.
     """
-    config, device = model.config, model.embedding.device
+    config = model.config
     for prompt in prompts:
         if not prompt:
             raise InputError("the prompt is empty; give at least one token")
         if len(prompt) >= config.context:
             raise InputError(f"the prompt has {len(prompt)} tokens and the context {config.context}: shorten the prompt")
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise InputError(f"the prompt has token {max(prompt)}, the model a vocabulary of {config.vocab_size}: "
+            raise InputError(f"the prompt has tokens from {min(prompt)} to {max(prompt)}, the model only 0 to {config.vocab_size - 1}: "
                              "is this the model's own tokenizer?")
     if not prompts or max_new_tokens < 1:
         raise InputError("at least one prompt and one new token are needed")
     if lookahead is None and method != "autoregressive":
         raise InputError(f"method {method} needs a look-ahead")
-    if lookahead is None:
-        lookahead = torch.zeros(0, config.dim)
-    lookahead = lookahead.to(device, model.embedding.dtype).expand(len(prompts), -1, -1)
-    run = Run(model, prompts, params, lookahead.shape[1], max_new_tokens, seed, on_token)
-    METHODS[method](run, lookahead)
+    lookahead = (Lookahead(torch.zeros(0, config.dim)) if lookahead is None else lookahead).fit(model)
+    run = Run(model, prompts, params, lookahead, max_new_tokens, seed, on_token)
+    METHODS[method](run)
     drafted = [n for n in run.drafted if n]
     return {"method": method, "tokens": run.tokens, "from_draft": run.from_draft, "stop_reason": run.stop_reason,
             "passes": run.passes, "drafted": sum(drafted),
             "accepted_by_position": [round(a / n, 4) for a, n in zip(run.accepted, drafted)],
             "tokens_per_pass": round(sum(map(len, run.tokens)) / len(prompts) / run.passes, 4),
             "seconds": time.perf_counter() - run.start, "prefill_seconds": run.prefill_seconds}
-
-
-# ---------------------------------------------------------------------------------------------------------------- look-ahead
-
-def load_lookahead(spec, model, tokenizer, prompt, length=None):
-    """The look-ahead embeddings (L,D) that `spec` names.
-
-    A safetensors file with a tensor `embeddings` (L,D), as train_lookahead.py writes; "unk", the embedding of the unknown token,
-    the untrained baseline of the paper; or "mean", the mean embedding of the prompt (arXiv 2603.17942), without training too.
-    length: L; None is all that the file has, or 4. Raises InputError where the file does not fit.
-    """
-    if length is not None and length < 1:
-        raise InputError(f"length must be at least 1, not {length}; for none use --method autoregressive")
-    if spec == "mean":
-        return model.embed(torch.tensor(prompt, device=model.embedding.device)).mean(0).expand(length or 4, -1)
-    if spec == "unk":
-        if tokenizer.unk is None:
-            raise InputError("this tokenizer has no unknown token; use --lookahead mean or a trained file")
-        return model.embedding[tokenizer.unk].expand(length or 4, -1)
-    with open_tensors(spec) as file:
-        if list(file.keys()) != ["embeddings"]:
-            raise InputError(f"{spec} is no look-ahead file: it has the tensors {', '.join(file.keys())}, not embeddings")
-        embeddings = file.get_tensor("embeddings")
-    if embeddings.ndim != 2 or embeddings.shape[1] != model.config.dim or not embeddings.is_floating_point():
-        raise InputError(f"{spec}: embeddings are {list(embeddings.shape)}, this model needs (L, {model.config.dim}): "
-                         "trained for another model?")
-    if not embeddings.isfinite().all():
-        raise InputError(f"{spec}: the embeddings are not finite numbers; train them again")
-    if length is not None and length > len(embeddings):
-        raise InputError(f"{spec} has {len(embeddings)} look-ahead tokens, fewer than --length {length}")
-    return embeddings[:length]
 
 
 # -------------------------------------------------------------------------------------------------------------- command line
@@ -314,7 +382,8 @@ def read_prompt(args):
             text = sys.stdin.buffer.read().decode()
         else:
             text = args.prompt if args.prompt_file is None else args.prompt_file.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
+        text.encode()  # a command line that is not UTF-8 fails here
+    except (OSError, UnicodeError) as error:
         raise InputError(f"cannot read the prompt: {error}") from None
     if not text:
         raise InputError("the prompt is empty; give --prompt TEXT, --prompt-file FILE, or - for standard input")
@@ -333,7 +402,7 @@ def printer(tokenizer):
 
 
 def summary(results):
-    """One line of figures for the runs of one method."""
+    """One line of figures for the runs of one method; the acceptance is that of the first, the one that was shown."""
     tokens, seconds = sum(len(t) for r in results for t in r["tokens"]), sum(r["seconds"] for r in results)
     drafts = f", accepted by position {' '.join(f'{a:.2f}' for a in results[0]['accepted_by_position'])}" * bool(results[0]["drafted"])
     return (f"{results[0]['method']}: {tokens} tokens, {sum(r['passes'] for r in results)} passes, "
@@ -365,14 +434,15 @@ def main():
     args = parser.parse_args()
 
     params, prompt = Params(args.temperature, args.top_k, args.top_p), read_prompt(args)
+    if args.compare and args.method == "autoregressive":
+        raise InputError("--compare sets a method against autoregressive; give another --method")
     if args.samples < 1:
         raise InputError(f"samples must be at least 1, not {args.samples}")
     model = Llama.load(args.model, DTYPES.get(args.dtype), device_named(args.device))
-    tokenizer = load_tokenizer(args.model)
-    if len(tokenizer.pieces) > model.config.vocab_size:
-        raise InputError(f"the tokenizer has {len(tokenizer.pieces)} pieces and the model a vocabulary of "
-                         f"{model.config.vocab_size}: they do not belong together")
+    tokenizer = load_tokenizer(args.model, model.config.vocab_size)
     prompt = tokenizer.encode(prompt)
+    if not prompt:
+        raise InputError("the prompt has no tokens; give a longer one")
     lookahead = None
     if args.method != "autoregressive":
         lookahead = load_lookahead(args.lookahead, model, tokenizer, prompt, args.length)
@@ -383,6 +453,7 @@ def main():
         result = generate(model, [prompt] * args.samples, method, lookahead, params, tokens, seed,
                           printer(tokenizer) if show else None)
         result["text"] = [tokenizer.decode(row) for row in result["tokens"]]
+        del result["from_draft"]
         if show:
             print("".join(f"\n--- sample {i}\n{text}" for i, text in enumerate(result["text"]) if i))
         return result
@@ -390,7 +461,7 @@ def main():
     if not args.compare:
         result = once(args.method, args.seed, show=not args.json)
         if args.json:
-            print(json.dumps({key: value for key, value in result.items() if key != "from_draft"}))
+            print(json.dumps(result))
         else:
             print(summary([result]), file=sys.stderr)
         return
@@ -405,7 +476,7 @@ def main():
     per_token = {m: [r["seconds"] / sum(map(len, r["tokens"])) for r in results[m]] for m in methods}
     ratio = statistics.median(a / b for a, b in zip(*per_token.values()))
     if args.json:
-        print(json.dumps({m: {k: v for k, v in results[m][0].items() if k != "from_draft"} for m in methods} | {"ratio": ratio}))
+        print(json.dumps({m: results[m][0] for m in methods} | {"ratio": ratio}))
         return
     for method in methods:
         print(summary(results[method]), file=sys.stderr)
@@ -413,9 +484,10 @@ def main():
           file=sys.stderr)
     if args.temperature == 0:
         a, b = (results[m][0]["tokens"] for m in methods)
-        print("greedy: both texts are the same" if a == b else "greedy: the texts differ where two logits tie within the rounding of "
-              f"{model.embedding.dtype}; with --dtype float32 they do not", file=sys.stderr)
+        print("greedy: both texts are the same" if a == b else "greedy: the texts differ from where two logits tie within the rounding of "
+              f"{model.embedding.dtype}, as other numbers of columns round otherwise; --dtype float32 avoids nearly all such ties",
+              file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

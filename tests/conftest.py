@@ -20,6 +20,6 @@ def folder(tmp_path_factory):
         sentence_iterator=iter(text.splitlines()), model_writer=proto, model_type="bpe", vocab_size=320, byte_fallback=True,
         hard_vocab_limit=False, minloglevel=2)
     path = tmp_path_factory.mktemp("models") / "tiny"
-    save(tiny(320, dtype=torch.float32, stop=(2,)), path)
+    save(tiny(320, dtype=torch.float32, stop=(2,), context=512), path)
     (path / "tokenizer.model").write_bytes(proto.getvalue())
     return path

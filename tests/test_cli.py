@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import pass_sampler
 from common import ROOT, save, tiny
-from model import run
+from model import run_script
 
 
 def call(capsys, *arguments):
@@ -17,7 +17,7 @@ def call(capsys, *arguments):
     sys.argv = ["pass_sampler.py", *map(str, arguments)]
     code = 0
     try:
-        run(pass_sampler.main)
+        run_script(pass_sampler.main)
     except SystemExit as end:
         code = end.code
     return code, *capsys.readouterr()
@@ -78,7 +78,7 @@ def test_exit_code_of_the_process_and_closed_pipe(folder):
     (["--model", "nowhere"], "no model folder nowhere"),
     (["--prompt", ""], "prompt is empty"),
     (["--prompt-file", "nowhere.txt"], "cannot read the prompt"),
-    (["--prompt", "long " * 100], "shorten the prompt"),
+    (["--prompt", "long " * 1000], "shorten the prompt"),
     (["--temperature", "-0.1"], "temperature must be"),
     (["--temperature", "nan"], "temperature must be"),
     (["--temperature", "inf"], "temperature must be"),
@@ -87,6 +87,7 @@ def test_exit_code_of_the_process_and_closed_pipe(folder):
     (["--top-p", "1.5"], "top-p must be"),
     (["--max-new-tokens", "0"], "at least one"),
     (["--samples", "0"], "samples must be"),
+    (["--compare", "--method", "autoregressive"], "give another --method"),
     (["--length", "0"], "length must be"),
     (["--device", "warp"], "device 'warp' cannot be used"),
     (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
@@ -102,11 +103,11 @@ def test_bad_arguments(arguments, says, folder, capsys):
 
 
 @pytest.mark.parametrize("tensors, says", [
-    ({"embeddings": torch.zeros(3, 15)}, r"this model needs (L, 16)"),
-    ({"embeddings": torch.zeros(3, 16, dtype=torch.long)}, "this model needs"),
+    ({"embeddings": torch.zeros(3, 15)}, "finite floats of shape (3, 16)"),
+    ({"embeddings": torch.zeros(3, 16, dtype=torch.long)}, "finite floats"),
     ({"weights": torch.zeros(3, 16)}, "no look-ahead file"),
     ({"embeddings": torch.zeros(2, 16)}, "fewer than --length 3"),
-    ({"embeddings": torch.full((3, 16), torch.nan)}, "not finite"),
+    ({"embeddings": torch.full((3, 16), torch.nan)}, "finite floats"),
 ])
 def test_bad_lookahead_files(tensors, says, folder, tmp_path, capsys):
     save_file(tensors, tmp_path / "lookahead.safetensors")

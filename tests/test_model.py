@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import model as model_module
 from common import FIXTURE, tiny, whole
 from model import DTYPES, Cache, Config, InputError, Llama, load_tokenizer
+from pass_sampler import Lookahead, Params, generate
 
 
 @pytest.mark.parametrize("name", ["tied", "untied", "plain"])
@@ -20,6 +22,20 @@ def test_equals_transformers(name):
     assert model.config.stop_tokens == (2, 3)
 
 
+def test_packed_weights_are_the_same_weights(monkeypatch):
+    """bfloat16 on a CPU runs with rearranged weights (model.pack): here in panels of 16, since the fixture is small."""
+    tokens = torch.arange(20).view(2, 10)
+    run = lambda model: model.logits(model(tokens, torch.arange(10).expand(2, 10), Cache(model, 2, 10)))
+    plain = run(Llama.load(FIXTURE / "untied", torch.bfloat16, packed=False))
+    monkeypatch.setattr(model_module, "PANEL", 16)
+    packed = Llama.load(FIXTURE / "untied", torch.bfloat16)
+    assert packed.output.shape == (4, 32, 16) and packed.layers[0].gate_up.shape == (6, 32, 16)
+    torch.testing.assert_close(run(packed), plain, atol=0.1, rtol=0)
+    for n in (1, 2, 3, 4):  # at the end of a budget there may be no drafts at all
+        result = generate(packed, [[5, 6]], "pass", Lookahead(packed.embedding[:3]), Params(0), n)
+        assert len(result["tokens"][0]) == n
+
+
 def test_loads_shards_and_dtypes(tmp_path):
     weights = load_file(FIXTURE / "untied" / "model.safetensors")
     shutil.copy(FIXTURE / "untied" / "config.json", tmp_path)
@@ -29,7 +45,7 @@ def test_loads_shards_and_dtypes(tmp_path):
     index = {n: f"part{i}.safetensors" for i, part in enumerate((names[::2], names[1::2])) for n in part}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     model = Llama.load(tmp_path, torch.float64)
-    for name, tensor in model.checkpoint().items():
+    for name, tensor in model.named_weights().items():
         assert tensor.dtype == torch.float64 and torch.equal(tensor, weights[name].bfloat16().double()), name
 
 
@@ -164,7 +180,7 @@ TEXTS = ["def f(x):\n\treturn  x**2  # 1984\n", "naïve — “quoted” При�
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_sentencepiece_streams_whole_characters(folder, text):
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, 320)
     tokens = tokenizer.encode(text)
     stream = tokenizer.stream()
     parts = [stream(token) for token in tokens]
@@ -183,7 +199,7 @@ def test_tokenizer_json_streams_whole_characters(tmp_path, text):
     hf.pre_tokenizer, hf.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
     hf.add_special_tokens(["<end>"])
     hf.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path, 320)
     tokens = tokenizer.encode(text)
     stream = tokenizer.stream()
     parts = [stream(token) for token in tokens]

@@ -1,0 +1,191 @@
+"""Training: the gradients are those of the stated objectives, the columns are those that the sampler will run, the model stays
+frozen, and an interrupted or shared run ends where an undisturbed one does."""
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import pass_sampler
+import train_lookahead
+from common import ROOT, plant, tiny
+from model import Llama, load_tokenizer, run_script
+from pass_sampler import Lookahead, Params
+from test_samplers import random_lookahead
+
+
+@pytest.mark.parametrize("objective", ["ce", "kl", "tv"])
+def test_gradient_is_that_of_the_objective(objective):
+    """Against autograd through the definitions, in pieces of 3 columns."""
+    model, g = tiny(11), torch.Generator().manual_seed(0)
+    h, target = (torch.randn(8, 16, dtype=torch.float64, generator=g).requires_grad_(i == 0) for i in range(2))
+    tokens = torch.randint(11, (8,), generator=g)
+    p, q = model.logits(target).softmax(-1), model.logits(h).softmax(-1)
+    expected = {"ce": F.nll_loss(q.log(), tokens, reduction="sum"), "kl": (p * (p / q).log()).sum(),
+                "tv": (p - q).abs().sum() / 2}[objective]
+    loss, gradient = train_lookahead.loss_and_gradient(model, h.detach(), target, tokens, objective, columns=3)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, h.grad, atol=1e-5, rtol=1e-5)
+
+
+def check_columns(train_module, sampler_module):
+    """A group trained after n tokens of a text gives the q that the sampler drafts from after those n tokens."""
+    model, g = tiny(30), torch.Generator().manual_seed(0)
+    lookahead = random_lookahead(model, 3).fit(model)
+    text, places = torch.randint(30, (2, 12), generator=g), torch.tensor([[1, 4, 8], [3, 4, 2]])
+    h, target, tokens = train_module.states(model, lookahead, text, places, torch.tensor([0, 0]))
+    q, p = model.logits(h).softmax(-1).view(2, 3, 3, 30), model.logits(target).softmax(-1).view(2, 3, 3, 30)
+    for row, group in [(b, m) for b in range(2) for m in range(3)]:
+        n = int(places[row, group])
+        given = text[row, n:n + 3]  # the tokens after the place: the model's own next token, then the first two drafts
+        state = sampler_module.Run(model, [text[row, :n].tolist()], Params(1), lookahead, 5, 0, None)
+        first = sampler_module.prefill(state, 3)
+        state.cache.length -= 1  # once more as every later step does it: the last token with its look-ahead
+        for states in (first, state.forward(text[row:row + 1, n - 1:n], 3)):
+            drawn = iter(given[1:].tolist() + [0])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sampler_module, "draw", lambda q, u: torch.tensor([next(drawn)]))
+                drafted = sampler_module.draft(state, states[:, 1:], given[:1])[1]
+            torch.testing.assert_close(drafted[0], q[row, group], msg="the sampler drafts from other distributions than were trained")
+        whole = model(text[row:row + 1], torch.arange(12)[None], pass_sampler.Cache(model, 1, 12))
+        torch.testing.assert_close(model.logits(whole)[0, n:n + 3].softmax(-1), p[row, group], msg="the target is not the model's")
+        assert tokens.view(2, 3, 3)[row, group].tolist() == text[row, n + 1:n + 4].tolist()
+
+
+def test_trained_columns_are_the_columns_of_the_sampler():
+    check_columns(train_lookahead, pass_sampler)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("model.embed(drafts[j])", "model.embed(drafts[0])"),
+    ("run.probs(logits[:, j] + F.linear(features, head))", "run.probs(logits[:, j])"),
+    ("sees_memory=sees_memory if L and cache.memory else None", "sees_memory=None"),
+    ("sees_memory=column >= tokens.shape[1] if L and self.cache.memory else None", "sees_memory=None"),
+    ("self.cache.length[:, None] + column, self.cache,", "self.cache.length[:, None] + column * (column < 1), self.cache,"),
+])
+def test_planted_difference_between_training_and_sampling_is_caught(old, new):
+    with pytest.raises(AssertionError, match="the sampler drafts from other distributions"):
+        check_columns(train_lookahead, plant(pass_sampler, (old, new)))
+
+
+def test_positions_may_be_shifted_together():
+    """Rotary attention is relative: without memory a common offset changes nothing; the memory is not rotated, so it does."""
+    model, g = tiny(30), torch.Generator().manual_seed(0)
+    text, places = torch.randint(30, (1, 12), generator=g), torch.tensor([[2, 7]])
+    for lookahead, same in ((Lookahead(random_lookahead(model, 2).embeddings), True), (random_lookahead(model, 2), False)):
+        a, b = (train_lookahead.states(model, lookahead, text, places, torch.tensor([offset]))[0] for offset in (0, 40))
+        assert torch.allclose(a, b, atol=1e-4) == same
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "more").mkdir()
+    for i in range(12):
+        (folder / ("more" if i % 2 else "") / f"{i}.txt").write_text("".join(f"{j % 7} little lines of {i}\n" for j in range(60)))
+    return folder
+
+
+def arguments(folder, data, out, *more):
+    return ["--model", folder, "--data", data, "--length", 2, "--memory", 3, "--head", 4, "--out", out, *more]
+
+
+def train(capsys, *words):
+    sys.argv = ["train_lookahead.py", *map(str, words)]
+    code = 0
+    try:
+        run_script(train_lookahead.main)
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def test_trains_the_lookahead_and_nothing_else(folder, data, tmp_path, capsys, monkeypatch):
+    models, load = [], Llama.load.__func__
+    monkeypatch.setattr(Llama, "load", classmethod(lambda cls, *a, **k: models.append(load(cls, *a, **k)) or models[0]))
+    code, out, err = train(capsys, *arguments(folder, data, tmp_path / "a.safetensors", "--steps", 60, "--objective", "kl"))
+    assert code == 0 and "a.safetensors: 60 steps" in out, err
+    before = load_file(folder / "model.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in models[0].named_weights().items()), "a frozen weight moved"
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["lookahead"])
+        assert sorted(file.keys()) == ["embeddings", "head_in", "head_out", "memory"]
+        assert file.get_tensor("head_out").abs().max() > 0
+    trained = about["acceptance"]
+    assert list(trained) == ["0.0", "0.6", "1.0"] and len(trained["1.0"]["by_rank"]) == 2
+    assert about["settings"]["objective"] == "kl" and about["steps"] == 60
+    train(capsys, *arguments(folder, data, tmp_path / "b.safetensors", "--steps", 1, "--objective", "kl"))
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        untrained = json.loads(file.metadata()["lookahead"])["acceptance"]
+    assert trained["1.0"]["by_position"][0] > untrained["1.0"]["by_position"][0] + 0.02
+    assert [name.name for name in tmp_path.iterdir() if "checkpoint" in name.name or "tmp" in name.name] == []
+    code, out, _ = train(capsys, "--model", folder, "--data", data, "--evaluate", tmp_path / "a.safetensors")
+    assert code == 0 and "positions near 100: t=0.0" in out
+
+
+KILL = """
+import os, signal, sys
+import train_lookahead as t
+from model import run_script
+import model
+t.CHECKPOINT_SECONDS, save, calls = 0, model.save_file, []
+def dies_in_the_middle_of_a_write(tensors, path, metadata):
+    save(tensors, path, metadata)
+    calls.append(path)
+    if len(calls) == 4:
+        with open(path, "r+b") as file:
+            file.truncate(os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+model.save_file = dies_in_the_middle_of_a_write
+run_script(t.main)
+"""
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_killed_and_resumed_ends_bit_for_bit_the_same(folder, data, tmp_path, capsys):
+    words = lambda out: [str(w) for w in arguments(folder, data, tmp_path / out, "--steps", 8)]
+    assert train(capsys, *words("undisturbed"))[0] == 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", KILL, *words("killed")], env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "killed").exists() and (tmp_path / "killed.checkpoint").exists()
+    code, out, err = train(capsys, *words("killed"), "--resume")
+    assert code == 0 and "8 steps" in out and "step 3, " in err and "step 0, " not in err
+    assert digest(tmp_path / "killed") == digest(tmp_path / "undisturbed")
+
+
+def test_two_processes_end_where_one_does(folder, data, tmp_path, capsys):
+    for name, more in (("one", []), ("other", ["--seed", 1])):
+        assert train(capsys, *arguments(folder, data, tmp_path / name, "--steps", 4), *more)[0] == 0
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "train_lookahead.py",
+                    *map(str, arguments(folder, data, tmp_path / "two", "--steps", 4))], check=True, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two, other = (load_file(tmp_path / name) for name in ("one", "two", "other"))
+    for name in one:  # rounding, in bfloat16, is far from what other texts would have made
+        assert (one[name] - two[name]).float().norm() < 0.1 * (one[name] - other[name]).float().norm(), name
+
+
+@pytest.mark.parametrize("change, says", [
+    (["--length", "0"], "must be 1 to 64"), (["--steps", "0"], "must be positive"), (["--data", "nowhere"], "nowhere does not exist"),
+    (["--memory", "9999"], "--memory 0 to"), (["--minutes", "nan"], "must be positive"),
+    (["--suffix", ".rs"], "0 files"), (["--out", "/nowhere/file"], "its folder must exist"), (["--evaluate", "nowhere"], "or --evaluate"),
+])
+def test_bad_input(change, says, folder, data, tmp_path, capsys):
+    code, out, err = train(capsys, *arguments(folder, data, tmp_path / "out"), *change)
+    assert code == 2 and says in err and err.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_lookahead_of_another_model_is_refused(folder, data, tmp_path, capsys):
+    train(capsys, *arguments(folder, data, tmp_path / "a.safetensors", "--steps", 1))
+    with pytest.raises(pass_sampler.InputError, match="another model"):
+        pass_sampler.load_lookahead(tmp_path / "a.safetensors", tiny(321, dtype=torch.float32), load_tokenizer(folder, 320), [1])

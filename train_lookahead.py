@@ -1,0 +1,323 @@
+"""Train the look-ahead of PaSS (arXiv 2311.13581, section 3) for a frozen LLaMA: one safetensors file for pass_sampler.py.
+
+    python train_lookahead.py --model DIR --data PATH [PATH ..] --length 4 --objective ce --minutes 10 --out FILE       # the paper
+    python train_lookahead.py --model DIR --data PATH .. --length 3 --memory 32 --head 256 --minutes 60 --out FILE      # more drafts
+    python train_lookahead.py --model DIR --data PATH .. --evaluate FILE                                               # measure again
+
+Only the look-ahead has gradients. A step reads a few texts once without any, then puts M groups of look-ahead tokens after M
+places of each text into one block, the only differentiated pass; a group sees the text up to its place, the memory and itself.
+Killed at any moment, `--resume` goes on from the last checkpoint (FILE.checkpoint) and with --steps ends bit for bit where an
+undisturbed run ends: all randomness of a step comes from (seed, step). With many GPUs: `torchrun --nproc-per-node N
+train_lookahead.py ..`; only the look-ahead's gradients travel. Read `loss_and_gradient`, `backward`, `train`. Shapes as in
+pass_sampler.py; N columns, M groups.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import DTYPES, Cache, InputError, Llama, device_named, load_tokenizer, open_tensors, run_script, write_tensors
+from pass_sampler import Lookahead, Params, fingerprint, generate, load_lookahead, probs
+
+TEXT, BATCH, GROUPS = 128, 4, 16  # tokens a text, texts a step, groups a text
+RATES = {"embeddings": 0.05, "memory": 0.05, "head_in": 0.003, "head_out": 0.003}
+TEMPERATURES = (0.0, 0.6, 1.0)
+CHECKPOINT_SECONDS, EVALUATION_SECONDS = 60, 300
+
+
+# ----------------------------------------------------------------------------------------------------------------- objective
+
+@torch.no_grad()
+def loss_and_gradient(model, h, target, tokens, objective, columns=96):
+    """Loss, summed over columns, and its gradient with respect to h (N,D), the states from which the drafts' q come.
+
+    target (N,D): the model's own states at the same places, whence p.  tokens (N,): what the text has there.
+    "ce" is the paper's: -log q(token).  "kl" distils the model: KL(p || q).  "tv" is the total variation 1 - sum_x min(p, q):
+    the probability that the rejection rule rejects a draft from q, itself.
+    The gradient with respect to the logits is written down, in pieces of some columns: V is large, and autograd would keep
+    several (N,V) in float32.
+    """
+    total, gradient = 0.0, torch.empty_like(h)
+    for i in range(0, len(h), columns):
+        part = slice(i, i + columns)
+        log_q = model.logits(h[part]).float().log_softmax(-1)
+        q = log_q.exp()
+        if objective == "ce":
+            total -= log_q.gather(1, tokens[part, None]).sum()
+            g = q.scatter_add_(1, tokens[part, None], -torch.ones_like(q[:, :1]))
+        else:
+            p = model.logits(target[part]).float().softmax(-1)
+            if objective == "kl":
+                total += F.kl_div(log_q, p, reduction="sum")
+                g = q - p
+            else:
+                below = q * (q < p)  # only where q < p does min(p, q) move with q
+                total += len(q) - torch.minimum(p, q).sum()
+                g = q * below.sum(-1, keepdim=True) - below
+        gradient[part] = g.to(h.dtype) @ model.output
+    return total, gradient
+
+
+def states(model, lookahead, text, places, offset):
+    """Run M groups of look-ahead tokens after M places of each text.
+
+    text (B,T) tokens.  places (B,M): how many tokens of the text a group follows.  offset (B,): added to all positions, since
+    the memory's keys are not rotated and would fade far from the positions where they were trained.
+    Returns drafts' and targets' states h, target (B*M*L, D), and the tokens (B*M*L,) that both predict.
+    """
+    (B, T), M, L = text.shape, places.shape[1], len(lookahead.embeddings)
+    cache = Cache(model, B, T + M * L)
+    with torch.no_grad():
+        own = model(text, offset[:, None] + torch.arange(T, device=text.device), cache)
+        cache.commit(T)
+    if lookahead.memory is not None:
+        cache.set_memory(lookahead.memory)
+    before = (places[:, :, None] + torch.arange(L, device=text.device)).flatten(1)  # (B,M*L): index of the token before the draft's
+    inside = torch.ones(L, L, dtype=torch.bool, device=text.device).tril()
+    h = model(lookahead.embeddings.repeat(M, 1).expand(B, -1, -1), offset[:, None] + before, cache,
+              visible=torch.block_diag(*[inside] * M), sees_committed=places.repeat_interleave(L, 1),
+              sees_memory=torch.ones(M * L, dtype=torch.bool, device=text.device))
+    if lookahead.head_in is not None:
+        h = h + F.linear(lookahead.features(h, model.embed(text.gather(1, before))), lookahead.head_out)
+    target = own.gather(1, before[:, :, None].expand(-1, -1, own.shape[2]))
+    return h.flatten(0, 1), target.flatten(0, 1), text.gather(1, before + 1).flatten()
+
+
+def backward(model, parts, text, places, offset, objective):
+    """Add one step's gradient to parts {name: float32 parameter}, averaged over columns of all texts; returns the loss."""
+    h, target, tokens = states(model, Lookahead(**{k: p.to(model.embedding) for k, p in parts.items()}), text, places, offset)
+    loss, gradient = loss_and_gradient(model, h.detach(), target, tokens, objective)
+    h.backward(gradient / len(h))
+    return loss.item() / len(h)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- data
+
+def read_data(tokenizer, paths, suffix):
+    """Tokens of all files below `paths`, (N,) for training and (N,) held out. Files are held out whole, every tenth by a hash
+    of its name."""
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"--data {path} does not exist")
+    files = sorted({f for path in paths for f in (path.rglob(f"*{suffix}") if path.is_dir() else [path]) if f.is_file()})
+    ordered = sorted(files, key=lambda f: hashlib.sha256(f.name.encode()).digest())
+    held = set(ordered[:max(1, len(files) // 10)])
+    if len(files) < 2:
+        raise InputError(f"--data has {len(files)} files with suffix {suffix!r}; at least 2 are needed, as one is held out")
+    tokens = ([], [])
+    for file in tqdm(files, "reading", leave=False, disable=None):
+        try:
+            tokens[file in held].extend(tokenizer.encode(file.read_bytes().decode(errors="replace")))
+        except OSError as error:
+            raise InputError(f"cannot read {file}: {error}") from None
+    if min(map(len, tokens)) <= TEXT:
+        raise InputError(f"--data has {len(tokens[0])} tokens and {len(tokens[1])} held out; more than {TEXT} of both are needed")
+    return [torch.tensor(t) for t in tokens]
+
+
+def windows(tokens, n, length, generator):
+    """n random pieces of `length` tokens: (n,length)."""
+    return tokens[torch.randint(len(tokens) - length, (n, 1), generator=generator) + torch.arange(length)]
+
+
+def own_texts(model, tokens, n, temperature, seed, prompt=48, length=160):
+    """n texts that the model itself writes after prompts from `tokens`: (n, length), the first `prompt` of each given."""
+    config, model.config = model.config, replace(model.config, stop_tokens=())
+    prompts = windows(tokens, n, prompt, torch.Generator().manual_seed(seed)).tolist()
+    texts = []
+    for i in tqdm(range(0, n, 32), f"writing at {temperature}", leave=False, disable=None):
+        texts += generate(model, prompts[i:i + 32], "autoregressive", None, Params(temperature), length - prompt, seed + i)["tokens"]
+    model.config = config
+    return torch.tensor([p + t for p, t in zip(prompts, texts)])
+
+
+# ---------------------------------------------------------------------------------------------------------------- evaluation
+
+@torch.no_grad()
+def evaluate(model, lookahead, texts, position=0, ranks=8):
+    """Acceptance on texts {temperature: (n,T)} that the model wrote itself, their first token at `position`.
+
+    Per temperature: by_position, the probability a_j = sum_x min(p_j(x), q_j(x)) that draft j is accepted, the tokens x_i before
+    it being the text's; expected, the accepted drafts of a chain, sum_j a_j prod_{i<j} min(1, q_i(x_i) / p_i(x_i)), which is
+    unbiased since x_i ~ p_i; by_rank [position][k], the share of p that the k+1 best drafts cover.
+    """
+    lookahead = replace(lookahead, **{k: v.to(model.embedding) for k, v in vars(lookahead).items() if v is not None})
+    table, L = {}, len(lookahead.embeddings)
+    for temperature, text in texts.items():
+        accept, cover, chain = [], [], []
+        for rows in text.split(8):
+            rows = rows.to(model.embedding.device)
+            places = torch.arange(48, rows.shape[1] - L, 3, device=rows.device).expand(len(rows), -1)
+            offset = torch.full((len(rows),), position, device=rows.device)
+            h, target, tokens = states(model, lookahead, rows, places, offset)
+            for hs, ts, x in zip(h.split(32 * L), target.split(32 * L), tokens.split(32 * L)):
+                logits = model.logits(hs)
+                p, q = probs(model.logits(ts), Params(temperature)), probs(logits, Params(temperature))
+                best = logits.topk(min(ranks, p.shape[-1])).indices
+                cover.append(p.gather(1, best).cumsum(1).view(-1, L, best.shape[1]))
+                accept.append(torch.minimum(p, q).sum(-1).view(-1, L))
+                kept = (q.gather(1, x[:, None]) / p.gather(1, x[:, None]).clamp(min=1e-30)).clamp(max=1).view(-1, L)
+                chain.append((accept[-1] * F.pad(kept, (1, 0), value=1)[:, :-1].cumprod(1)).sum(1))
+        accept, cover, chain = torch.cat(accept), torch.cat(cover).mean(0), torch.cat(chain)
+        table[str(temperature)] = {"by_position": [round(a, 4) for a in accept.mean(0).tolist()],
+                                   "expected": round(chain.mean().item(), 4),
+                                   "by_rank": [[round(c, 4) for c in row] for row in cover.tolist()]}
+    return table
+
+
+def show(table):
+    return "; ".join(f"t={t} {' '.join(f'{a:.3f}' for a in row['by_position'])} expected {row['expected']:.3f}"
+                     for t, row in table.items())
+
+
+# ------------------------------------------------------------------------------------------------------------------ training
+
+def initial(model, tokens, length, memory, rank, seed):
+    """The look-ahead before training. Embeddings: the mean of all tokens, the best guess of one who knows nothing, and inside the
+    region that the model knows. Memory: the keys and values of a real text. Head: head_out is 0, so it begins as no correction."""
+    c, generator = model.config, torch.Generator().manual_seed(seed)
+    mean = model.embedding.float().mean(0)
+    parts = {"embeddings": mean + 0.01 * torch.randn(length, c.dim, generator=generator).to(mean.device)}
+    if memory:
+        cache = Cache(model, 1, memory)
+        model(windows(tokens, 1, memory, generator).to(mean.device), torch.zeros(1, memory, device=mean.device), cache)
+        parts["memory"] = cache.kv[:, :, 0].float().contiguous()
+    if rank:
+        parts["head_in"] = torch.randn(rank, 2 * c.dim, generator=generator).to(mean.device) / math.sqrt(2 * c.dim)
+        parts["head_out"] = torch.zeros(c.dim, rank, device=mean.device)
+    return {name: part.requires_grad_() for name, part in parts.items()}
+
+
+def train(args, model, pool, held, settings):
+    """Train and write args.out. pool: tokens (N,) to cut texts from, or texts (N,T) of the model's own."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if BATCH % world:
+        raise InputError(f"{world} processes cannot share {BATCH} texts a step evenly")
+    parts = initial(model, pool.flatten(), args.length, args.memory, args.head, args.seed)
+    optimizer = torch.optim.Adam([{"params": [p], "lr": RATES[name], "rate": RATES[name]} for name, p in parts.items()])
+    checkpoint, step, spent = args.out.with_name(args.out.name + ".checkpoint"), 0, 0.0
+    if args.resume and checkpoint.exists():
+        with open_tensors(checkpoint) as file:
+            saved = json.loads(file.metadata()["state"])
+            if saved["settings"] != settings:
+                raise InputError(f"{checkpoint} was made with other settings: {saved['settings']}")
+            step, spent = saved["step"], saved["spent"]
+            for name, p in parts.items():
+                p.data.copy_(file.get_tensor(name))
+                optimizer.state[p] = {k: file.get_tensor(f"{name}.{k}").to("cpu" if k == "step" else p.device)
+                                      for k in ("step", "exp_avg", "exp_avg_sq")}
+    texts = {t: own_texts(model, held, 16, t, args.seed) for t in TEMPERATURES} if rank == 0 else {}
+
+    def save_state():
+        state = {f"{name}.{k}": v for name, p in parts.items() for k, v in optimizer.state[p].items()}
+        write_tensors(parts | state, checkpoint, {"state": json.dumps({"settings": settings, "step": step, "spent": spent})})
+
+    bar = tqdm(total=args.steps or round(args.minutes * 60), initial=step if args.steps else round(spent), disable=rank > 0,
+               unit="step" if args.steps else "s", smoothing=0, mininterval=1 if sys.stderr.isatty() else 60)
+    saved_at, measured_at, accept = spent, -math.inf, None
+    while (done := step / args.steps if args.steps else spent / (60 * args.minutes)) < 1:
+        if rank == 0 and spent - measured_at > EVALUATION_SECONDS:
+            table, measured_at = evaluate(model, Lookahead(**parts), texts), spent
+            accept = " ".join(f"{a:.2f}" for a in table["1.0"]["by_position"])
+            tqdm.write(f"step {step}, {spent / 60:.1f} min: {show(table)}", file=sys.stderr)
+        began, generator = time.perf_counter(), torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        text = pool[torch.randint(len(pool), (BATCH,), generator=generator)] if pool.ndim == 2 else windows(pool, BATCH, TEXT, generator)
+        places = torch.rand(BATCH, text.shape[1] - 1 - args.length, generator=generator).argsort(1)[:, :GROUPS] + 1
+        offset = torch.randint(max(1, model.config.context - text.shape[1] - args.length), (BATCH,), generator=generator)
+        mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+        loss = backward(model, parts, *(x[mine].to(model.embedding.device) for x in (text, places, offset)), args.objective)
+        if world > 1:
+            for p in parts.values():
+                dist.all_reduce(p.grad)
+                p.grad /= world
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * done))
+        optimizer.step()
+        optimizer.zero_grad()
+        step, seconds = step + 1, time.perf_counter() - began
+        bar.update(1 if args.steps else round(spent + seconds) - round(spent))
+        bar.set_postfix(loss=f"{loss:.4f}", accepted=accept, refresh=False)
+        spent += seconds
+        if rank == 0 and spent - saved_at > CHECKPOINT_SECONDS:
+            save_state()
+            saved_at = spent
+    bar.close()
+    if rank == 0:
+        table = evaluate(model, Lookahead(**parts), texts)
+        about = {"model": fingerprint(model.config), "settings": settings, "steps": step, "acceptance": table}
+        # One entry of metadata, not four: safetensors writes several in random order, and the file would differ from run to run.
+        write_tensors({k: v.to(torch.bfloat16) for k, v in parts.items()}, args.out, {"lookahead": json.dumps(about)})
+        checkpoint.unlink(missing_ok=True)
+        print(f"{args.out}: {step} steps, {spent / 60:.1f} min; {show(table)}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="folder of the frozen model")
+    add("--data", type=Path, nargs="+", required=True, help="text files, and folders to search for them")
+    add("--suffix", default="", help="of the files in folders, such as .py (default: all)")
+    add("--from-model", type=float, metavar="TEMPERATURE", help="train on texts that the model writes after prompts from the data")
+    add("--length", type=int, default=4, help="look-ahead tokens L (default: %(default)s)")
+    add("--memory", type=int, default=0, help="memory slots R (default: %(default)s)")
+    add("--head", type=int, default=0, help="rank of the draft head (default: %(default)s, no head)")
+    add("--objective", choices=["ce", "kl", "tv"], default="tv", help="default: %(default)s; ce is the paper's")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--minutes", type=float, default=10, help="of training (default: %(default)s)")
+    budget.add_argument("--steps", type=int, help="of training, in place of --minutes")
+    add("--out", type=Path, help="file to write")
+    add("--resume", action="store_true", help="go on from the checkpoint beside --out, if there is one")
+    add("--evaluate", type=Path, metavar="FILE", help="measure the acceptance of FILE, near positions 100, 1000 and 3000")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--dtype", choices=DTYPES, help="of the model (default: the checkpoint's own); the look-ahead trains in float32")
+    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    args = parser.parse_args()
+    if not 1 <= args.length <= 64 or not 0 <= args.memory <= TEXT or args.head < 0:
+        raise InputError(f"--length must be 1 to 64, --memory 0 to {TEXT}, --head not negative")
+    if not 0 < args.minutes < math.inf or args.steps is not None and args.steps < 1:
+        raise InputError("--steps and --minutes must be positive")
+    if (args.out is None) == (args.evaluate is None):
+        raise InputError("give --out FILE to train, or --evaluate FILE to measure")
+    if args.out and (not args.out.parent.is_dir() or not os.access(args.out.parent, os.W_OK) or args.out.is_dir()):
+        raise InputError(f"cannot write {args.out}: its folder must exist and be writable, and it must not be a folder itself")
+    if dist.is_torchelastic_launched():
+        if not args.steps:
+            raise InputError("under torchrun give --steps: processes that stop by the clock would not stop together")
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    model = Llama.load(args.model, DTYPES.get(args.dtype), device_named(args.device), packed=False)
+    if model.config.context < TEXT:
+        raise InputError(f"the model's context of {model.config.context} tokens is shorter than the training texts of {TEXT}")
+    tokenizer = load_tokenizer(args.model, model.config.vocab_size)
+    pool, held = read_data(tokenizer, args.data, args.suffix)
+    if args.evaluate:
+        lookahead = load_lookahead(str(args.evaluate), model, tokenizer, held[:TEXT].tolist())
+        texts = {t: own_texts(model, held, 16, t, args.seed) for t in TEMPERATURES}
+        for position in (0, 900, 2900):
+            if position + 160 <= model.config.context:
+                print(f"positions near {position + 100}: {show(evaluate(model, lookahead, texts, position))}", flush=True)
+        return
+    settings = {"model": fingerprint(model.config), "data": " ".join(map(str, args.data))}
+    settings |= {k: str(getattr(args, k)) for k in ("suffix", "from_model", "length", "memory", "head", "objective", "seed", "dtype")}
+    settings |= {"steps": str(args.steps)} if args.steps else {"minutes": str(args.minutes)}
+    if args.from_model is not None:
+        pool = own_texts(model, pool, 512, args.from_model, args.seed, length=TEXT)
+    train(args, model, pool, held, settings)
+    if dist.is_initialized():
+        dist.barrier()  # the first process still evaluates and writes
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_script(main)
