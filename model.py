@@ -23,39 +23,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 
-class InputError(ValueError):
-    """Bad input. Its text is one line that names the cause and the remedy; `run_script` shows it and exits with 2."""
-
-
-def run_script(main):
-    """Run a script's main(): bad input becomes one line on stderr and exit code 2, Ctrl-C 130, a closed pipe silence."""
-    try:
-        main()
-        sys.stdout.flush()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # `| head -1`: nobody reads on; without the redirection Python complains once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def device_named(name):
-    """torch.device for --device; raises InputError where there is none."""
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError):
-        raise InputError(f"device {name!r} cannot be used here; --device cpu always can") from None
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-
-
 # ---------------------------------------------------------------------------------------------------------- configuration
 
 # What this file computes. A checkpoint that wants anything else is refused by name, never run wrongly.
@@ -221,8 +188,11 @@ PANEL = 64  # output columns of a packed weight that lie together
 
 
 def pack(weight):
-    """(O,I) -> (O/64, I, 64), if it divides evenly. In bfloat16 on a CPU a product with a plain matrix first rearranges all of it, at
-    every call; a batch of narrow panels is read as it lies. The sums are the same; a one-column pass of SmolLM2 takes a seventh less time."""
+    """(O,I) -> (O/64, I, 64), if it divides evenly.
+
+    In bfloat16 on a CPU a product with a plain matrix first rearranges all of it, at every call; a batch of narrow panels is read
+    as it lies. The sums are the same, and a one-column pass of SmolLM2 takes a seventh less time.
+    """
     O, I = weight.shape
     return weight if O % PANEL else nn.Parameter(weight.view(-1, PANEL, I).transpose(1, 2).contiguous(), requires_grad=False)
 
@@ -249,7 +219,7 @@ class Layer(nn.Module):
 
 
 def write(cached, slots, new):
-    """Put new (B,T,K,E) into the slots (B*T,) of one layer's keys or values (B,S,K,E): in place, or in a copy where gradients flow."""
+    """Put new (B,T,K,E) into the slots (B*T,) of a layer's keys or values (B,S,K,E), in place; where gradients flow, in a copy."""
     flat, new = cached.flatten(0, 1), new.flatten(0, 1)
     return (flat.index_copy(0, slots, new) if new.requires_grad else flat.index_copy_(0, slots, new)).view(cached.shape)
 
@@ -366,30 +336,11 @@ class Llama(nn.Module):
         return model.requires_grad_(False)
 
 
-def write_tensors(tensors, path, metadata=None):
-    """Save as safetensors by way of a temporary name: whoever looks, and whenever we are killed, finds the old file or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error}") from None
-
-
-def open_tensors(path):
-    """safe_open for PyTorch, with an InputError where the file is missing, truncated or something else."""
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-
-
 # -------------------------------------------------------------------------------------------------------------- tokenizer
 
 class Tokenizer:
-    """Text to token ids and back. `pieces[id]` is the token's bytes: empty for control tokens, one byte of a character for
-    byte-fallback pieces. `unk` is the id of the unknown token, or None."""
+    """Text to token ids and back. `encode(text)` gives ids, with the beginning-of-text token where the model uses one; `pieces[id]`
+    is a token's bytes: none for control tokens, one of a character's for byte-fallback; `unk` is the unknown token's id, or None."""
 
     def __init__(self, encode, pieces, unk):
         self.encode, self.pieces, self.unk = encode, pieces, unk
@@ -418,8 +369,8 @@ def load_tokenizer(folder, vocab_size):
     """
     def checked(tokenizer):
         if len(tokenizer.pieces) > vocab_size:
-            raise InputError(f"the tokenizer of {folder} has {len(tokenizer.pieces)} pieces and the model a vocabulary of {vocab_size}: "
-                             "they do not belong together")
+            raise InputError(f"the tokenizer of {folder} has {len(tokenizer.pieces)} pieces and the model a vocabulary of "
+                             f"{vocab_size}: they do not belong together")
         return tokenizer
 
     folder = Path(folder)
@@ -463,3 +414,57 @@ def load_tokenizer(folder, vocab_size):
     unk = config.get("unk_token") or raw["model"].get("unk_token")
     unk = hf.token_to_id(unk["content"] if isinstance(unk, dict) else unk) if unk else None
     return checked(Tokenizer(lambda text: hf.encode(text).ids, [to_bytes(i) for i in range(hf.get_vocab_size())], unk))
+
+
+# ------------------------------------------------------------------------------------------------------- files and errors
+
+class InputError(ValueError):
+    """Bad input. Its text is one line that names the cause and the remedy; `run_script` shows it and exits with 2."""
+
+
+def run_script(main):
+    """Run a script's main(): bad input becomes one line on stderr and exit code 2, Ctrl-C 130, a closed pipe silence."""
+    try:
+        main()
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `| head -1`: nobody reads on; without the redirection Python complains once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def device_named(name):
+    """torch.device for --device; raises InputError where there is none."""
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):
+        raise InputError(f"device {name!r} cannot be used here; --device cpu always can") from None
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def write_tensors(tensors, path, metadata=None):
+    """Save as safetensors by way of a temporary name: whoever looks, and whenever we are killed, finds the old file or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error}") from None
+
+
+def open_tensors(path):
+    """safe_open for PyTorch, with an InputError where the file is missing, truncated or something else."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None

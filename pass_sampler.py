@@ -132,48 +132,6 @@ class Lookahead:
         return self
 
 
-def fingerprint(config):
-    """Names the model that a look-ahead was trained for: a hash of what shapes it."""
-    return hashlib.sha256(repr(replace(config, dtype="", stop_tokens=())).encode()).hexdigest()[:16]
-
-
-def load_lookahead(spec, model, tokenizer, prompt, length=None):
-    """The Lookahead that `spec` names.
-
-    A safetensors file as train_lookahead.py writes: tensor `embeddings` (L,D), optionally `memory`, `head_in` and `head_out`;
-    "unk", the embedding of the unknown token, the untrained baseline of the paper; or "mean", the mean embedding of the prompt
-    (arXiv 2603.17942), without training too. length: L; None is all that the file has, or 4.
-    Raises InputError where the file does not fit the model.
-    """
-    if length is not None and length < 1:
-        raise InputError(f"length must be at least 1, not {length}; for none use --method autoregressive")
-    c = model.config
-    if spec == "mean":
-        return Lookahead(model.embed(torch.tensor(prompt, device=model.embedding.device)).mean(0).repeat(length or 4, 1))
-    if spec == "unk":
-        if tokenizer.unk is None:
-            raise InputError("this tokenizer has no unknown token; use --lookahead mean or a trained file")
-        return Lookahead(model.embedding[tokenizer.unk].repeat(length or 4, 1))
-    with open_tensors(spec) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        about = json.loads((file.metadata() or {}).get("lookahead", "{}"))
-    if about.get("model", fingerprint(c)) != fingerprint(c):
-        raise InputError(f"{spec} was trained for another model; train one for this model with train_lookahead.py")
-    sizes = {name: tensor.shape[0] if tensor.ndim else 0 for name, tensor in tensors.items()}
-    rank, slots = sizes.get("head_in", 0), tensors["memory"].shape[2] if tensors.get("memory", torch.empty(0)).ndim == 5 else 0
-    shapes = {"embeddings": (sizes.get("embeddings"), c.dim), "memory": (c.n_layers, 2, slots, c.n_kv_heads, c.head_dim),
-              "head_in": (rank, 2 * c.dim), "head_out": (c.dim, rank)}
-    if "embeddings" not in tensors or ("head_in" in tensors) != ("head_out" in tensors) or set(tensors) - set(shapes):
-        raise InputError(f"{spec} is no look-ahead file: its tensors are {', '.join(tensors)}, not {', '.join(shapes)}")
-    for name, tensor in tensors.items():
-        if tensor.shape != shapes[name] or not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise InputError(f"{spec}: {name} must be finite floats of shape {shapes[name]}, not {tensor.dtype} {tuple(tensor.shape)}: "
-                             "damaged, or trained for another model?")
-    if length is not None and length > len(tensors["embeddings"]):
-        raise InputError(f"{spec} has {len(tensors['embeddings'])} look-ahead tokens, fewer than --length {length}")
-    return Lookahead(tensors.pop("embeddings")[:length], **tensors)
-
-
 # -------------------------------------------------------------------------------------------------------- what methods share
 
 class Run:
@@ -272,8 +230,8 @@ def prefill(run, L=0):
     x, rows = model.embed(x), torch.arange(len(lengths), device=device)[:, None]
     group = count[:, None] + torch.arange(L, device=device)  # (B,L), the columns of the look-ahead
     x[rows, group] = run.embeddings[:, :L]
-    sees_memory = torch.zeros(x.shape[:2], dtype=torch.bool, device=device).index_put((rows, group), torch.tensor(True, device=device))
-    h = model(x, positions, cache, sees_memory=sees_memory if L and cache.memory else None)
+    own = positions - cache.length[:, None] - count[:, None]  # 0 .. L-1 for the look-ahead
+    h = model(x, positions, cache, sees_memory=(0 <= own) & (own < L) if L and cache.memory else None)
     h = h[rows, count[:, None] - 1 + torch.arange(1 + L, device=device)]
     cache.commit(count)
     if device.type == "cuda":
@@ -357,8 +315,8 @@ def generate(model, prompts, method="pass", lookahead=None, params=Params(), max
         if len(prompt) >= config.context:
             raise InputError(f"the prompt has {len(prompt)} tokens and the context {config.context}: shorten the prompt")
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise InputError(f"the prompt has tokens from {min(prompt)} to {max(prompt)}, the model only 0 to {config.vocab_size - 1}: "
-                             "is this the model's own tokenizer?")
+            raise InputError(f"the prompt has tokens from {min(prompt)} to {max(prompt)}, the model only 0 to "
+                             f"{config.vocab_size - 1}: is this the model's own tokenizer?")
     if not prompts or max_new_tokens < 1:
         raise InputError("at least one prompt and one new token are needed")
     if lookahead is None and method != "autoregressive":
@@ -372,6 +330,50 @@ def generate(model, prompts, method="pass", lookahead=None, params=Params(), max
             "accepted_by_position": [round(a / n, 4) for a, n in zip(run.accepted, drafted)],
             "tokens_per_pass": round(sum(map(len, run.tokens)) / len(prompts) / run.passes, 4),
             "seconds": time.perf_counter() - run.start, "prefill_seconds": run.prefill_seconds}
+
+
+# ---------------------------------------------------------------------------------------------------------- look-ahead files
+
+def fingerprint(config):
+    """Names the model that a look-ahead was trained for: a hash of what shapes it."""
+    return hashlib.sha256(repr(replace(config, dtype="", stop_tokens=())).encode()).hexdigest()[:16]
+
+
+def load_lookahead(spec, model, tokenizer, prompt, length=None):
+    """The Lookahead that `spec` names.
+
+    A safetensors file as train_lookahead.py writes: tensor `embeddings` (L,D), optionally `memory`, `head_in` and `head_out`;
+    "unk", the embedding of the unknown token, the untrained baseline of the paper; or "mean", the mean embedding of the prompt
+    (arXiv 2603.17942), without training too. length: L; None is all that the file has, or 4.
+    Raises InputError where the file does not fit the model.
+    """
+    if length is not None and length < 1:
+        raise InputError(f"length must be at least 1, not {length}; for none use --method autoregressive")
+    c = model.config
+    if spec == "mean":
+        return Lookahead(model.embed(torch.tensor(prompt, device=model.embedding.device)).mean(0).repeat(length or 4, 1))
+    if spec == "unk":
+        if tokenizer.unk is None:
+            raise InputError("this tokenizer has no unknown token; use --lookahead mean or a trained file")
+        return Lookahead(model.embedding[tokenizer.unk].repeat(length or 4, 1))
+    with open_tensors(spec) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        about = json.loads((file.metadata() or {}).get("lookahead", "{}"))
+    if about.get("model", fingerprint(c)) != fingerprint(c):
+        raise InputError(f"{spec} was trained for another model; train one for this model with train_lookahead.py")
+    sizes = {name: tensor.shape[0] if tensor.ndim else 0 for name, tensor in tensors.items()}
+    rank, slots = sizes.get("head_in", 0), tensors["memory"].shape[2] if tensors.get("memory", torch.empty(0)).ndim == 5 else 0
+    shapes = {"embeddings": (sizes.get("embeddings"), c.dim), "memory": (c.n_layers, 2, slots, c.n_kv_heads, c.head_dim),
+              "head_in": (rank, 2 * c.dim), "head_out": (c.dim, rank)}
+    if "embeddings" not in tensors or ("head_in" in tensors) != ("head_out" in tensors) or set(tensors) - set(shapes):
+        raise InputError(f"{spec} is no look-ahead file: its tensors are {', '.join(tensors)}, not {', '.join(shapes)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes[name] or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise InputError(f"{spec}: {name} must be finite floats of shape {shapes[name]}, not {tensor.dtype} "
+                             f"{tuple(tensor.shape)}: damaged, or trained for another model?")
+    if length is not None and length > len(tensors["embeddings"]):
+        raise InputError(f"{spec} has {len(tensors['embeddings'])} look-ahead tokens, fewer than --length {length}")
+    return Lookahead(tensors.pop("embeddings")[:length], **tensors)
 
 
 # -------------------------------------------------------------------------------------------------------------- command line
@@ -404,7 +406,8 @@ def printer(tokenizer):
 def summary(results):
     """One line of figures for the runs of one method; the acceptance is that of the first, the one that was shown."""
     tokens, seconds = sum(len(t) for r in results for t in r["tokens"]), sum(r["seconds"] for r in results)
-    drafts = f", accepted by position {' '.join(f'{a:.2f}' for a in results[0]['accepted_by_position'])}" * bool(results[0]["drafted"])
+    shares = " ".join(f"{share:.2f}" for share in results[0]["accepted_by_position"])
+    drafts = f", accepted by position {shares}" if shares else ""
     return (f"{results[0]['method']}: {tokens} tokens, {sum(r['passes'] for r in results)} passes, "
             f"{statistics.mean(r['tokens_per_pass'] for r in results):.2f} tokens a pass{drafts}, {seconds:.2f} s "
             f"({sum(r['prefill_seconds'] for r in results):.2f} s of it prefill), {tokens / seconds:.1f} tokens/s")
@@ -484,8 +487,8 @@ def main():
           file=sys.stderr)
     if args.temperature == 0:
         a, b = (results[m][0]["tokens"] for m in methods)
-        print("greedy: both texts are the same" if a == b else "greedy: the texts differ from where two logits tie within the rounding of "
-              f"{model.embedding.dtype}, as other numbers of columns round otherwise; --dtype float32 avoids nearly all such ties",
+        print("greedy: both texts are the same" if a == b else "greedy: the texts part where two logits tie within the rounding "
+              f"of {model.embedding.dtype}, which depends on the number of columns; --dtype float32 avoids nearly all such ties",
               file=sys.stderr)
 
 

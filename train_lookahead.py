@@ -1,8 +1,8 @@
 """Train the look-ahead of PaSS (arXiv 2311.13581, section 3) for a frozen LLaMA: one safetensors file for pass_sampler.py.
 
-    python train_lookahead.py --model DIR --data PATH [PATH ..] --length 4 --objective ce --minutes 10 --out FILE       # the paper
-    python train_lookahead.py --model DIR --data PATH .. --length 3 --memory 32 --head 256 --minutes 60 --out FILE      # more drafts
-    python train_lookahead.py --model DIR --data PATH .. --evaluate FILE                                               # measure again
+    python train_lookahead.py --model DIR --data PATH [PATH ..] --length 4 --objective ce --minutes 10 --out FILE   # the paper
+    python train_lookahead.py --model DIR --data PATH .. --length 3 --memory 32 --head 256 --minutes 60 --out FILE  # beyond it
+    python train_lookahead.py --model DIR --data PATH .. --evaluate FILE                                            # measure again
 
 Only the look-ahead has gradients. A step reads a few texts once without any, then puts M groups of look-ahead tokens after M
 places of each text into one block, the only differentiated pass; a group sees the text up to its place, the memory and itself.
@@ -136,7 +136,8 @@ def own_texts(model, tokens, n, temperature, seed, prompt=48, length=160):
     prompts = windows(tokens, n, prompt, torch.Generator().manual_seed(seed)).tolist()
     texts = []
     for i in tqdm(range(0, n, 32), f"writing at {temperature}", leave=False, disable=None):
-        texts += generate(model, prompts[i:i + 32], "autoregressive", None, Params(temperature), length - prompt, seed + i)["tokens"]
+        texts += generate(model, prompts[i:i + 32], "autoregressive", None, Params(temperature), length - prompt,
+                          seed + i)["tokens"]
     model.config = config
     return torch.tensor([p + t for p, t in zip(prompts, texts)])
 
@@ -231,7 +232,8 @@ def train(args, model, pool, held, settings):
             accept = " ".join(f"{a:.2f}" for a in table["1.0"]["by_position"])
             tqdm.write(f"step {step}, {spent / 60:.1f} min: {show(table)}", file=sys.stderr)
         began, generator = time.perf_counter(), torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        text = pool[torch.randint(len(pool), (BATCH,), generator=generator)] if pool.ndim == 2 else windows(pool, BATCH, TEXT, generator)
+        own = pool.ndim == 2
+        text = pool[torch.randint(len(pool), (BATCH,), generator=generator)] if own else windows(pool, BATCH, TEXT, generator)
         places = torch.rand(BATCH, text.shape[1] - 1 - args.length, generator=generator).argsort(1)[:, :GROUPS] + 1
         offset = torch.randint(max(1, model.config.context - text.shape[1] - args.length), (BATCH,), generator=generator)
         mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
@@ -309,7 +311,8 @@ def main():
                 print(f"positions near {position + 100}: {show(evaluate(model, lookahead, texts, position))}", flush=True)
         return
     settings = {"model": fingerprint(model.config), "data": " ".join(map(str, args.data))}
-    settings |= {k: str(getattr(args, k)) for k in ("suffix", "from_model", "length", "memory", "head", "objective", "seed", "dtype")}
+    settings |= {k: str(getattr(args, k)) for k in ("suffix", "from_model", "length", "memory", "head", "objective", "seed",
+                                                    "dtype")}
     settings |= {"steps": str(args.steps)} if args.steps else {"minutes": str(args.minutes)}
     if args.from_model is not None:
         pool = own_texts(model, pool, 512, args.from_model, args.seed, length=TEXT)

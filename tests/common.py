@@ -1,13 +1,14 @@
 """What the tests share: tiny models, the exact distribution that a sampler must follow, chi-square, and planted bugs."""
 import json
 import math
+import sys
 import types
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from model import Cache, Config, Llama
+from model import Cache, Config, Llama, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURE = Path(__file__).parent / "fixture"
@@ -108,3 +109,13 @@ def save(model, folder):
         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, rms_norm_eps=c.norm_eps,
         rope_theta=c.rope_theta, max_position_embeddings=c.context, tie_word_embeddings=c.tied, eos_token_id=list(c.stop_tokens))))
     save_file({name: tensor.contiguous() for name, tensor in model.named_weights().items()}, folder / "model.safetensors")
+
+
+def run_main(script, capsys, *words):
+    """Run a script's main() in this process with the command line `words`. Returns exit code, stdout, stderr."""
+    sys.argv, code = [script.__file__, *map(str, words)], 0
+    try:
+        run_script(script.main)
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()

@@ -8,19 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 import pass_sampler
-from common import ROOT, save, tiny
-from model import run_script
+from common import ROOT, run_main, save, tiny
 
 
 def call(capsys, *arguments):
-    """Run pass_sampler.py in this process. Returns exit code, stdout, stderr."""
-    sys.argv = ["pass_sampler.py", *map(str, arguments)]
-    code = 0
-    try:
-        run_script(pass_sampler.main)
-    except SystemExit as end:
-        code = end.code
-    return code, *capsys.readouterr()
+    return run_main(pass_sampler, capsys, *arguments)
 
 
 def test_json_is_one_object(folder, capsys):

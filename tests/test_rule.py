@@ -26,7 +26,8 @@ def output_distribution(verify, p, q):
     B, n = len(drafts) * len(u), len(u)
     accepted, last = verify(p.expand(B, -1, -1), q.expand(B, -1, -1), drafts.repeat_interleave(n, 0), u.repeat(len(drafts), 1))
     total = {}
-    for d, a, y, w in zip(drafts.repeat_interleave(n, 0).tolist(), accepted.tolist(), last.tolist(), weight.repeat_interleave(n).tolist()):
+    drafts, weight = drafts.repeat_interleave(n, 0), weight.repeat_interleave(n)
+    for d, a, y, w in zip(drafts.tolist(), accepted.tolist(), last.tolist(), weight.tolist()):
         key = (*d[:a], y)
         total[key] = total.get(key, 0) + w / n
     return total

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import pass_sampler
 import train_lookahead
-from common import ROOT, plant, tiny
-from model import Llama, load_tokenizer, run_script
+from common import ROOT, plant, run_main, tiny
+from model import Llama, load_tokenizer
 from pass_sampler import Lookahead, Params
 from test_samplers import random_lookahead
 
@@ -67,7 +67,7 @@ def test_trained_columns_are_the_columns_of_the_sampler():
 @pytest.mark.parametrize("old, new", [
     ("model.embed(drafts[j])", "model.embed(drafts[0])"),
     ("run.probs(logits[:, j] + F.linear(features, head))", "run.probs(logits[:, j])"),
-    ("sees_memory=sees_memory if L and cache.memory else None", "sees_memory=None"),
+    ("sees_memory=(0 <= own) & (own < L) if L and cache.memory else None", "sees_memory=None"),
     ("sees_memory=column >= tokens.shape[1] if L and self.cache.memory else None", "sees_memory=None"),
     ("self.cache.length[:, None] + column, self.cache,", "self.cache.length[:, None] + column * (column < 1), self.cache,"),
 ])
@@ -99,13 +99,7 @@ def arguments(folder, data, out, *more):
 
 
 def train(capsys, *words):
-    sys.argv = ["train_lookahead.py", *map(str, words)]
-    code = 0
-    try:
-        run_script(train_lookahead.main)
-    except SystemExit as end:
-        code = end.code
-    return code, *capsys.readouterr()
+    return run_main(train_lookahead, capsys, *words)
 
 
 def test_trains_the_lookahead_and_nothing_else(folder, data, tmp_path, capsys, monkeypatch):
