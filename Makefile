@@ -3,8 +3,8 @@ PYTHON ?= python3
 MODEL = models/smollm2/model.safetensors
 
 demo: $(MODEL)  ## PaSS against plain decoding on a real LLaMA, accepted drafts in colour
-	.venv/bin/python pass_sampler.py --model models/smollm2 --compare --length 2 --max-new-tokens 96 \
-		--prompt "Repeat after me: one two three one two three one two three one two three"
+	.venv/bin/python pass_sampler.py --model models/smollm2 --lookahead demo/smollm2-lookahead.safetensors --compare \
+		--prompt "import unittest" --max-new-tokens 100
 
 test: .venv/ready  ## the proofs
 	.venv/bin/python -m pytest -q tests

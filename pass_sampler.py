@@ -123,7 +123,7 @@ class Lookahead:
 
     def fit(self, model):
         """Make it ready, in place, for sampling from this model: its dtype, its device, and the head folded into the vocabulary,
-        folded = W_out @ head_out (V,r), so that a draft costs V*r and not a second product with W_out."""
+        folded = W_out @ head_out (V,r), so that a draft needs no second product with W_out."""
         for name, tensor in vars(self).items():
             if isinstance(tensor, torch.Tensor):
                 setattr(self, name, tensor.to(model.embedding))
@@ -253,20 +253,25 @@ def autoregressive(run):
         run.commit(1)
 
 
-def draft(run, h, x):
-    """Draw d_1 .. d_L (B,L) from the states h (B,L,D) of the look-ahead tokens; also returns their q (B,L,V).
+SHORTLIST = 1024  # tokens whose logits the draft head corrects; the others get q = 0, and the rule is told so
+
+
+def draft(run, h, logits, x):
+    """Draw d_1 .. d_L (B,L) from the states h (B,L,D) and logits (B,L,V) of the look-ahead tokens; also returns their q (B,L,V).
 
     x (B,) is the token before d_1. Without a draft head no draft depends on another and all are drawn at once; with one, each q
     is conditional on the draft before it, which is as exact, since the rule is given that q.
     """
-    logits, u, head = run.model.logits(h), run.uniform(h.shape[1]), run.lookahead.folded
+    u, head = run.uniform(h.shape[1]), run.lookahead.folded
     if head is None or h.shape[1] == 0:
         q = run.probs(logits)
         return draw(q, u), q
     drafts, q = [x], []
     for j in range(h.shape[1]):
+        best, ids = logits[:, j].topk(min(SHORTLIST, logits.shape[-1]))
         features = run.lookahead.features(h[:, j], run.model.embed(drafts[j]))
-        q.append(run.probs(logits[:, j] + F.linear(features, head)))
+        best = best + (head[ids] @ features[:, :, None])[:, :, 0]
+        q.append(run.probs(torch.full_like(logits[:, j], -math.inf).scatter(1, ids, best)))
         drafts.append(draw(q[j], u[:, j]))
     return torch.stack(drafts[1:], 1), torch.stack(q, 1)
 
@@ -280,10 +285,11 @@ def parallel(run):
     L = run.useful_drafts()
     h = prefill(run, L)
     while True:
-        x = draw(run.probs(run.model.logits(h[:, 0])), run.uniform(1)[:, 0])
+        logits = run.model.logits(h)
+        x = draw(run.probs(logits[:, 0]), run.uniform(1)[:, 0])
         if not run.emit(x):
             return
-        drafts, q = draft(run, h[:, 1:], x)
+        drafts, q = draft(run, h[:, 1:], logits[:, 1:], x)
         p = run.probs(run.model.logits(run.forward(torch.cat([x[:, None], drafts], 1))))  # pass 2
         accepted, x = verify(p, q, drafts, run.uniform(1 + L))
         if not run.emit(x, drafts, accepted):

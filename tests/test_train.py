@@ -53,7 +53,7 @@ def check_columns(train_module, sampler_module):
             drawn = iter(given[1:].tolist() + [0])
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sampler_module, "draw", lambda q, u: torch.tensor([next(drawn)]))
-                drafted = sampler_module.draft(state, states[:, 1:], given[:1])[1]
+                drafted = sampler_module.draft(state, states[:, 1:], model.logits(states[:, 1:]), given[:1])[1]
             torch.testing.assert_close(drafted[0], q[row, group], msg="the sampler drafts from other distributions than were trained")
         whole = model(text[row:row + 1], torch.arange(12)[None], pass_sampler.Cache(model, 1, 12))
         torch.testing.assert_close(model.logits(whole)[0, n:n + 3].softmax(-1), p[row, group], msg="the target is not the model's")
@@ -66,7 +66,7 @@ def test_trained_columns_are_the_columns_of_the_sampler():
 
 @pytest.mark.parametrize("old, new", [
     ("model.embed(drafts[j])", "model.embed(drafts[0])"),
-    ("run.probs(logits[:, j] + F.linear(features, head))", "run.probs(logits[:, j])"),
+    ("best + (head[ids] @ features[:, :, None])[:, :, 0]", "best"),
     ("sees_memory=(0 <= own) & (own < L) if L and cache.memory else None", "sees_memory=None"),
     ("sees_memory=column >= tokens.shape[1] if L and self.cache.memory else None", "sees_memory=None"),
     ("self.cache.length[:, None] + column, self.cache,", "self.cache.length[:, None] + column * (column < 1), self.cache,"),
