@@ -493,9 +493,8 @@ def main():
           file=sys.stderr)
     if args.temperature == 0:
         a, b = (results[m][0]["tokens"] for m in methods)
-        print("greedy: both texts are the same" if a == b else "greedy: the texts part where two logits tie within the rounding "
-              f"of {model.embedding.dtype}, which depends on the number of columns; --dtype float32 avoids nearly all such ties",
-              file=sys.stderr)
+        print("greedy: both texts are the same" if a == b else "greedy: the texts differ; in "
+              f"{str(model.embedding.dtype)[6:]} usually since two logits tie within the rounding: see --dtype float32", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train the look-ahead of PaSS (arXiv 2311.13581, section 3) for a frozen LLaMA: one safetensors file for pass_sampler.py.
 
     python train_lookahead.py --model DIR --data PATH [PATH ..] --length 4 --objective ce --minutes 10 --out FILE   # the paper
-    python train_lookahead.py --model DIR --data PATH .. --length 3 --memory 32 --head 256 --minutes 60 --out FILE  # beyond it
+    python train_lookahead.py --model DIR --data PATH .. --length 3 --memory 32 --head 256 --minutes 24 --out FILE  # beyond it
     python train_lookahead.py --model DIR --data PATH .. --evaluate FILE                                            # measure again
 
 Only the look-ahead has gradients. A step reads a few texts once without any, then puts M groups of look-ahead tokens after M
