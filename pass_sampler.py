@@ -121,12 +121,14 @@ class Lookahead:
         both = torch.cat([F.rms_norm(h, h.shape[-1:]), F.rms_norm(e, e.shape[-1:])], -1)
         return F.silu(F.linear(both, self.head_in))
 
+    def to(self, model):
+        """A copy in the model's dtype and on its device; gradients flow through it to the parts of this one."""
+        return replace(self, **{name: part.to(model.embedding) for name, part in vars(self).items() if part is not None})
+
     def fit(self, model):
         """Make it ready, in place, for sampling from this model: its dtype, its device, and the head folded into the vocabulary,
         folded = W_out @ head_out (V,r), so that a draft needs no second product with W_out."""
-        for name, tensor in vars(self).items():
-            if isinstance(tensor, torch.Tensor):
-                setattr(self, name, tensor.to(model.embedding))
+        vars(self).update(vars(self.to(model)))
         if self.head_in is not None and self.folded is None:
             self.folded = model.logits(self.head_out.T).T.contiguous()
         return self

@@ -95,7 +95,7 @@ def states(model, lookahead, text, places, offset):
 
 def backward(model, parts, text, places, offset, objective):
     """Add one step's gradient to parts {name: float32 parameter}, averaged over columns of all texts; returns the loss."""
-    h, target, tokens = states(model, Lookahead(**{k: p.to(model.embedding) for k, p in parts.items()}), text, places, offset)
+    h, target, tokens = states(model, Lookahead(**parts).to(model), text, places, offset)
     loss, gradient = loss_and_gradient(model, h.detach(), target, tokens, objective)
     h.backward(gradient / len(h))
     return loss.item() / len(h)
@@ -152,7 +152,7 @@ def evaluate(model, lookahead, texts, position=0, ranks=8):
     it being the text's; expected, the accepted drafts of a chain, sum_j a_j prod_{i<j} min(1, q_i(x_i) / p_i(x_i)), which is
     unbiased since x_i ~ p_i; by_rank [position][k], the share of p that the k+1 best drafts cover.
     """
-    lookahead = replace(lookahead, **{k: v.to(model.embedding) for k, v in vars(lookahead).items() if v is not None})
+    lookahead = lookahead.to(model)
     table, L = {}, len(lookahead.embeddings)
     for temperature, text in texts.items():
         accept, cover, chain = [], [], []
