@@ -2,8 +2,8 @@
 PYTHON ?= python3
 MODEL = models/smollm2/model.safetensors
 
-demo: $(MODEL)  ## PaSS against plain decoding on a real LLaMA, accepted drafts in colour
-	.venv/bin/python pass_sampler.py --model models/smollm2 --lookahead demo/smollm2-lookahead.safetensors --compare \
+demo: $(MODEL)  ## PaSS, in two passes and in one, against plain decoding on a real LLaMA, accepted drafts in colour
+	.venv/bin/python pass_sampler.py --model models/smollm2 --lookahead demo/smollm2-lookahead.safetensors --compare pass fused \
 		--prompt "import unittest" --max-new-tokens 100
 
 test: .venv/ready  ## the proofs

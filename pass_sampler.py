@@ -4,7 +4,8 @@
 
 In equations p is the target's next-token distribution (the model's own) and q the draft's; x_1..x_n is the text so far.
 Shapes: B batch rows, T block columns, V vocabulary, L look-ahead tokens, D width.
-Read `probs`, `draw`, `verify` (the rule that makes drafts harmless), then the loops `autoregressive` and `parallel`.
+Read `probs`, `draw`, `verify` (the rule that makes drafts harmless), then the loops `autoregressive` and `parallel`: that is the
+paper. What goes beyond it: `verify_tree`, `without_replacement`, `Tree`, `draft_tree`, `fused`, `choose_tree`.
 Start with model.py, where block, cache and commit are explained.
 """
 import argparse
@@ -15,7 +16,8 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -93,15 +95,61 @@ def verify(p, q, drafts, u):
     accepted = accept.long().cumprod(1).sum(1)  # those before the first rejection
     rows = torch.arange(len(p), device=p.device)
     p, q = p[rows, accepted], F.pad(q, (0, 0, 0, 1))[rows, accepted]  # q = 0 after the last draft: the residual is p itself
-    residual = (p - q).clamp(min=0)
+    return accepted, draw(residual(p, q), u[:, -1])
+
+
+def residual(p, q):
+    """norm(max(0, p - q)), (...,V): what a rejected draft from q leaves to be drawn of p."""
+    rest = (p - q).clamp(min=0)
+    total = rest.sum(-1, keepdim=True)
     # p and q can be equal up to rounding; then a "rejection" is rounding too, and p is as right as the empty residual.
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
-    return accepted, draw(residual, u[:, -1])
+    return torch.where(total > 0, rest / total, p)
+
+
+def verify_tree(parent, p, q, tokens, u):
+    """The rule of `verify` for a tree of N drafts, several of which may stand for the same position (Jeon et al. 2024, arXiv
+    2402.14160; Yang et al. 2024, arXiv 2401.06706).
+
+    parent: per draft 1 .. N the node it follows, 0 being the root; siblings stand in the order in which they were drawn, and
+    parents before children.  p (B,1+N,V): the target after each node.  tokens (B,1+N).  q (B,1+N,V): what each draft was drawn
+    from, given its siblings before it; zero where there was nothing left to draw.  u (B,1+N): u[:,i] to accept draft i.
+    Column 0 is the root: its q is not used, its u makes the last draw.
+    Returns node (B,), the last draft accepted or 0 for none, and the token (B,) that follows it.
+
+    One draft after the other, each is accepted with min(1, p/q) for what its siblings left of p, and on rejection
+    p <- norm(max(0, p - q)). What comes out of one such trial follows the p that it was given, whatever q is (`verify`), so what
+    comes out of all of them follows p. With one child a node, this is `verify`.
+    """
+    rows = torch.arange(len(p), device=p.device)
+    node, rest = torch.zeros_like(rows), p[:, 0]
+    for i, above in enumerate(parent, 1):
+        tried = node == above  # not where a sibling was accepted, nor in branches that have been left
+        q_draft = q[rows, i, tokens[:, i]]
+        accept = tried & (q_draft > 0) & (u[:, i] * q_draft < rest[rows, tokens[:, i]])
+        rest = torch.where(tried[:, None], residual(rest, q[:, i]), rest)
+        rest, node = torch.where(accept[:, None], p[:, i], rest), torch.where(accept, i, node)
+    return node, draw(rest, u[:, 0])
+
+
+def without_replacement(q, k, generator):
+    """Draw k tokens, one after the other, from q (...,V) without replacement.
+
+    The k largest of q / Exp(1), in order, are just that: an exponential race, in which token x arrives at a time Exp(1) / q(x).
+    Returns tokens (...,k), and what each was drawn from, (...,k,V): q without the tokens before it, renormalised; 0 where q has
+    no more tokens.
+    """
+    arrival = torch.empty(q.shape, dtype=torch.float64, device=q.device).exponential_(generator=generator)
+    tokens = (q / arrival).topk(k).indices
+    left = q.unsqueeze(-2).repeat(*[1] * (q.ndim - 1), k, 1)
+    for i in range(1, k):
+        left[..., i:, :].scatter_(-1, tokens[..., i - 1, None, None].expand(*tokens.shape[:-1], k - i, 1), 0)
+    total = left.sum(-1, keepdim=True)
+    return tokens, torch.where(total > 0, left / total, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- look-ahead
 
-@dataclass
+@dataclass(eq=False)
 class Lookahead:
     """All that is trained; the model is frozen. The paper's method is `embeddings` alone, the rest is optional.
 
@@ -115,6 +163,7 @@ class Lookahead:
     head_in: torch.Tensor | None = None
     head_out: torch.Tensor | None = None
     folded: torch.Tensor | None = None  # made by `fit`
+    acceptance: dict = field(default_factory=dict)  # of train_lookahead.evaluate, from the file
 
     def features(self, h, e):
         """h, e (...,D) -> (...,r)."""
@@ -123,7 +172,7 @@ class Lookahead:
 
     def to(self, model):
         """A copy in the model's dtype and on its device; gradients flow through it to the parts of this one."""
-        return replace(self, **{name: part.to(model.embedding) for name, part in vars(self).items() if part is not None})
+        return replace(self, **{name: part.to(model.embedding) for name, part in vars(self).items() if torch.is_tensor(part)})
 
     def fit(self, model):
         """Make it ready, in place, for sampling from this model: its dtype, its device, and the head folded into the vocabulary,
@@ -139,15 +188,19 @@ class Lookahead:
 class Run:
     """The state of one generation: cache, random numbers, and the rows' texts with their stops and statistics."""
 
-    def __init__(self, model, prompts, params, lookahead, max_new_tokens, seed, on_token):
-        length = lookahead.embeddings.shape[-2]
+    def __init__(self, model, prompts, params, lookahead=None, max_new_tokens=1, seed=0, on_token=None, length=0, tree=None,
+                 draft_params=None, draft_model=None):
+        lookahead = Lookahead(model.embedding.new_zeros(0, model.config.dim)) if lookahead is None else lookahead.fit(model)
         context, longest = model.config.context, max(map(len, prompts))
         self.model, self.prompts, self.params, self.on_token = model, prompts, params, on_token
         self.lookahead, self.embeddings = lookahead, lookahead.embeddings.expand(len(prompts), -1, -1)
-        self.device = model.embedding.device
+        self.device, self.tree, self.draft_model = model.embedding.device, tree, draft_model
+        self.draft_params, self.length = draft_params or params, length
+        self.max_new_tokens = max_new_tokens
         self.budget = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
         self.limit = ["length" if max_new_tokens <= context - len(prompt) else "context" for prompt in prompts]
-        self.cache = Cache(model, len(prompts), min(longest + max_new_tokens, context) + 1 + length, lookahead.memory)
+        self.cache = Cache(model, len(prompts), min(longest + max_new_tokens, context) +
+                           max(1 + length, len(tree.offset) if tree else 0), lookahead.memory)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.tokens = [[] for _ in prompts]
         self.from_draft = [[] for _ in prompts]  # per token: was it an accepted draft?
@@ -171,8 +224,15 @@ class Run:
         return self.model(x, self.cache.length[:, None] + column, self.cache,
                           sees_memory=column >= tokens.shape[1] if L and self.cache.memory else None)
 
-    def commit(self, count):
-        self.cache.commit(count * self.alive)  # a finished row stays where it is, whatever the others do
+    def forward_tree(self, tokens):
+        """Run tokens (B,1+N), the root and the drafts of the tree, and their look-ahead groups. Returns (B,(1+N)(1+depth),D)."""
+        self.passes += 1
+        x = torch.cat([self.model.embed(tokens), self.embeddings[:, :self.tree.depth].repeat(1, tokens.shape[1], 1)], 1)
+        return self.model(x, self.cache.length[:, None] + self.tree.offset, self.cache, self.tree.visible,
+                          sees_memory=self.tree.sees_memory if self.cache.memory else None)
+
+    def commit(self, count, columns=None):
+        self.cache.commit(count * self.alive, columns)  # a finished row stays where it is, whatever the others do
 
     def emit(self, last, drafts=None, accepted=None):
         """Append to each living row its accepted drafts, drafts[:accepted] of (B,L), then `last` (B,), a token from the model.
@@ -200,10 +260,10 @@ class Run:
                     break
         return None in self.stop_reason
 
-    def useful_drafts(self):
-        """L, or fewer at the end: a step of PaSS gives one token more before its drafts and one after them."""
+    def useful_drafts(self, besides):
+        """L, or fewer at the end: besides its drafts a step gives one token after them, and in `parallel` one before them."""
         left = max(self.budget[row] - len(self.tokens[row]) for row, reason in enumerate(self.stop_reason) if reason is None)
-        return max(0, min(self.embeddings.shape[1], left - 2))
+        return max(0, min(self.length, left - besides))
 
 
 PREFILL_BLOCK = 512  # columns; bounds the memory of the mask and of the activations, however long the prompt
@@ -255,7 +315,21 @@ def autoregressive(run):
         run.commit(1)
 
 
-SHORTLIST = 1024  # tokens whose logits the draft head corrects; the others get q = 0, and the rule is told so
+SHORTLIST = 1024
+
+
+def shortlist(run, h, logits, before):
+    """Correct logits (B,V) of a look-ahead column in state h (B,D) by the draft head, for tokens before (B,P) the draft.
+
+    Returns the corrected logits (B,P,C) of the SHORTLIST best tokens and their ids (B,C). All others get q = 0, which spares most
+    of the work over the vocabulary and is as exact, since the rule is given that q.
+    """
+    best, ids = logits.topk(min(SHORTLIST, logits.shape[-1]))
+    best = best[:, None].expand(-1, before.shape[1], -1)
+    if run.lookahead.folded is not None:
+        e, rows = run.model.embed(before), F.embedding(ids, run.lookahead.folded)  # (B,P,D), (B,C,r)
+        best = best + (rows @ run.lookahead.features(h[:, None].expand_as(e), e).transpose(1, 2)).transpose(1, 2)
+    return best, ids
 
 
 def draft(run, h, logits, x):
@@ -264,16 +338,14 @@ def draft(run, h, logits, x):
     x (B,) is the token before d_1. Without a draft head no draft depends on another and all are drawn at once; with one, each q
     is conditional on the draft before it, which is as exact, since the rule is given that q.
     """
-    u, head = run.uniform(h.shape[1]), run.lookahead.folded
-    if head is None or h.shape[1] == 0:
+    u = run.uniform(h.shape[1])
+    if run.lookahead.folded is None or h.shape[1] == 0:
         q = run.probs(logits)
         return draw(q, u), q
     drafts, q = [x], []
     for j in range(h.shape[1]):
-        best, ids = logits[:, j].topk(min(SHORTLIST, logits.shape[-1]))
-        features = run.lookahead.features(h[:, j], run.model.embed(drafts[j]))
-        best = best + (head[ids] @ features[:, :, None])[:, :, 0]
-        q.append(run.probs(torch.full_like(logits[:, j], -math.inf).scatter(1, ids, best)))
+        best, ids = shortlist(run, h[:, j], logits[:, j], drafts[j][:, None])
+        q.append(run.probs(torch.full_like(logits[:, j], -math.inf).scatter(1, ids, best[:, 0])))
         drafts.append(draw(q[j], u[:, j]))
     return torch.stack(drafts[1:], 1), torch.stack(q, 1)
 
@@ -284,8 +356,8 @@ def parallel(run):
     Pass 1 runs [x_n, LA_1 .. LA_L]: x_n yields p for x_{n+1}, and LA_j, at the position of x_{n+j} without having seen it,
     yields q for draft d_j of x_{n+1+j}. Pass 2 runs [x_{n+1}, d_1 .. d_L] and yields the p that judge the drafts.
     """
-    L = run.useful_drafts()
-    h = prefill(run, L)
+    L = run.useful_drafts(2)
+    h = prefill(run, L)  # the first pass 1
     while True:
         logits = run.model.logits(h)
         x = draw(run.probs(logits[:, 0]), run.uniform(1)[:, 0])
@@ -297,23 +369,204 @@ def parallel(run):
         if not run.emit(x, drafts, accepted):
             return
         run.commit(1 + accepted)
-        L = run.useful_drafts()
+        L = run.useful_drafts(2)
         h = run.forward(x[:, None], L)  # pass 1
         run.commit(1)
 
 
-METHODS = {"autoregressive": autoregressive, "pass": parallel}
+# ----------------------------------------------------------------------------------------------------- beyond the paper: one pass
+
+class Tree:
+    """Which drafts one pass tries: paths of ranks. In "0 1 00", 1 is the second candidate for the next token, 00 the first one
+    after the first; a chain of three is "0 00 000". The block is [ x_n | drafts 1 .. N, by depth | G_0 .. G_N ]: after the root
+    x_n and after every draft a group of as many look-ahead tokens as the tree is deep. The first 1+N columns are the nodes. A rank
+    is one digit: at most ten candidates.
+    """
+
+    def __init__(self, paths, device="cpu"):
+        """Raises InputError for a path without its parent, or without the candidates before it."""
+        nodes = ["", *sorted(paths, key=lambda path: (len(path), path))]
+        self.paths, self.depth, n = nodes[1:], len(nodes[-1]), len(nodes)
+        if len(set(nodes)) < n or any(path[:-1] not in nodes or path[-1] > "0" and path[:-1] + chr(ord(path[-1]) - 1) not in nodes
+                                      for path in self.paths):
+            raise InputError(f"tree {' '.join(paths)!r}: each path must come once, with its parent and the ranks before its last")
+        self.parent = [nodes.index(path[:-1]) for path in self.paths]
+        # Per depth: the nodes that are parents; the most children one has; the children as (which parent, rank); the first's node.
+        self.levels = []
+        for d in range(self.depth):
+            children = [path for path in self.paths if len(path) == d + 1]
+            parents = sorted({path[:-1] for path in children})
+            at = [(parents.index(path[:-1]), int(path[-1])) for path in children]
+            self.levels.append(([nodes.index(path) for path in parents], 1 + max(k for _, k in at), at, nodes.index(children[0])))
+
+        def tensor(values, dtype=torch.long):
+            return torch.tensor(values, dtype=dtype, device=device)
+        self.depths = tensor([len(node) for node in nodes])  # (1+N,)
+        # From the root down to each node, which then repeats: `commit` takes as many as were accepted.
+        self.path = tensor([[nodes.index(node[:d]) for d in range(self.depth + 1)] for node in nodes])  # (1+N,1+depth)
+        above = tensor([[a.startswith(b) for b in nodes] for a in nodes], torch.bool)  # a node sees its ancestors and itself ..
+        inside = torch.ones(self.depth, self.depth, dtype=torch.bool, device=device).tril()
+        groups = torch.block_diag(*[inside] * n)  # .. a group what its node sees, and itself causally
+        self.visible = torch.cat([F.pad(above, (0, len(groups))), torch.cat([above.repeat_interleave(self.depth, 0), groups], 1)])
+        self.offset = torch.cat([self.depths, (self.depths[:, None] + 1 + torch.arange(self.depth, device=device)).flatten()])
+        self.sees_memory = torch.arange(len(self.offset), device=device) >= n
+
+
+def draft_tree(run, tree, h, logits, x):
+    """Draw the drafts: tokens (B,1+N), the root x (B,) first, and the q (B,1+N,V) that `verify_tree` must know.
+
+    h (B,L,D) and logits (B,L,V) are those of one look-ahead group, whose column d drafts the children of the nodes at depth d, all
+    at once, since a draft head needs their parents only. At draft temperature 0 siblings are the best in order, each from a q of
+    its own that is one-hot. P parents at a depth, K candidates of each (those that the tree has not are dropped), C shortlisted.
+    """
+    tokens = x[:, None].repeat(1, len(tree.path))
+    q = torch.zeros(*tokens.shape, logits.shape[-1], dtype=torch.promote_types(logits.dtype, torch.float32), device=run.device)
+    for d, (parents, width, children, first) in enumerate(tree.levels):
+        best, ids = shortlist(run, h[:, d], logits[:, d], tokens[:, parents])
+        if run.draft_params.temperature == 0:
+            order = best.topk(width).indices  # (B,P,K)
+            left = torch.zeros(*order.shape, best.shape[-1], dtype=q.dtype, device=run.device).scatter_(-1, order[..., None], 1)
+        else:
+            order, left = without_replacement(probs(best, run.draft_params), width, run.generator)  # (B,P,K), (B,P,K,C)
+        for i, (parent, k) in enumerate(children, first):
+            tokens[:, i] = ids.gather(1, order[:, parent, k:k + 1])[:, 0]
+            q[:, i].scatter_(1, ids, left[:, parent, k])
+    return tokens, q
+
+
+def fused(run):
+    """One pass a step (the layout of arXiv 2507.11851): the pass that validates the drafts also drafts the next ones.
+
+    Look-ahead tokens never see the token x that they come before, in `parallel` neither, so they need not wait for it: they only
+    must stand after the last accepted draft. So a group stands after each, in the pass that decides which it is and what x is, and
+    the group of that one drafts what follows x: 1 + accepted tokens a pass, where `parallel` has (2 + accepted) / 2.
+    """
+    tree, rows = run.tree, torch.arange(len(run.prompts), device=run.device)
+    h = prefill(run, tree.depth)  # the first group rides with the prompt
+    logits = run.model.logits(h)
+    x = draw(run.probs(logits[:, 0]), run.uniform(1)[:, 0])
+    h, logits, n = h[:, 1:], logits[:, 1:], len(tree.path)
+    alive = run.emit(x)
+    while alive:
+        tokens, q = draft_tree(run, tree, h, logits, x)
+        h = run.forward_tree(tokens)
+        logits = run.model.logits(h)
+        node, x = verify_tree(tree.parent, run.probs(logits[:, :n]), q, tokens, run.uniform(n))
+        path, accepted = tree.path[node], tree.depths[node]
+        alive = run.emit(x, tokens.gather(1, path[:, 1:]), accepted)
+        run.commit(1 + accepted, path)
+        group = n + node[:, None] * tree.depth + torch.arange(tree.depth, device=run.device)  # (B,L): its columns in the block
+        h, logits = h[rows[:, None], group], logits[rows[:, None], group]
+
+
+@lru_cache(4)
+def step_seconds(model, lookahead, rows):
+    """({T: seconds of a pass of T columns}, seconds of drafting and judging for each depth of a tree) on this machine. Takes a
+    second, once for a model, look-ahead and number of rows."""
+    cache, times, drafting = Cache(model, rows, 160), {T: [] for T in (1, 4, 8, 16, 32)}, []
+    cache.commit(128)
+    run = Run(model, [[0]] * rows, Params(1), lookahead, tree=Tree(["0"], model.embedding.device))
+    for _ in range(6):
+        for T in times:
+            tokens = torch.full((rows, T), 128, device=run.device)  # and positions
+            start = time.perf_counter()
+            h = model(tokens % model.config.vocab_size, tokens, cache)
+            logits = model.logits(h)
+            logits.sum().item()  # .item() waits for a GPU
+            times[T].append(time.perf_counter() - start)
+        start = time.perf_counter()  # right after a pass: the head's weights are as far away as they will be
+        tokens, q = draft_tree(run, run.tree, h[:, :1], logits[:, :1], tokens[:, 0] % model.config.vocab_size)
+        verify_tree(run.tree.parent, run.probs(logits[:, :2]), q, tokens, run.uniform(2))[1].tolist()
+        drafting.append(time.perf_counter() - start)
+    # The first round warms up.
+    return {T: statistics.median(seconds[1:]) for T, seconds in times.items()}, statistics.median(drafting[1:])
+
+
+def choose_tree(by_rank, seconds, drafting):
+    """The paths of the tree that gives the most tokens per unit of time; [] where plain decoding does.
+
+    by_rank [position][k]: the probability that one of the k+1 first candidates is accepted.  seconds, drafting: of `step_seconds`.
+    A draft is worth the probability that it is accepted: the product, down its path, of what its rank adds. N drafts give
+    1 + the sum of their worths tokens a pass, for the time of (1+N)(1+depth) columns and of the drafting. For each depth, grow the tree by the draft
+    that is worth most as long as the cost of its columns was measured; keep the best tree on the way.
+    """
+    measured = sorted(seconds)
+
+    def cost(columns, depth):
+        above = min(T for T in measured if T >= columns)
+        below = max(T for T in measured if T <= columns)
+        return seconds[below] + (seconds[above] - seconds[below]) * (columns - below) / max(1, above - below) + drafting * depth
+
+    best, rate = [], 1 / cost(1, 0)
+    for depth in range(1, len(by_rank) + 1):
+        adds = [[b - a for a, b in zip([0, *ranks], ranks[:10])] for ranks in by_rank[:depth]]
+        paths, tokens, open_paths = [], 1.0, {"0": adds[0][0]}
+        while open_paths and (columns := (len(paths) + 2) * (1 + depth)) <= measured[-1]:
+            path = max(open_paths, key=open_paths.get)
+            worth, d, k = open_paths.pop(path), len(path), int(path[-1])
+            paths, tokens = [*paths, path], tokens + worth
+            if d < depth:
+                open_paths[path + "0"] = worth * adds[d][0]
+            if k + 1 < len(adds[d - 1]) and adds[d - 1][k] > 0:
+                open_paths[path[:-1] + str(k + 1)] = worth * adds[d - 1][k + 1] / adds[d - 1][k]
+            if tokens / cost(columns, depth) > rate and max(map(len, paths)) == depth:  # of others the groups are too long
+                best, rate = paths, tokens / cost(columns, depth)
+    return best
+
+
+def parse_tree(text, model, rows, lookahead, temperature):
+    """"0 1 00 01", "chain:3" or "auto" -> a list of paths."""
+    if text == "auto":
+        nearest = min(lookahead.acceptance, key=lambda t: abs(float(t) - temperature), default=None)
+        by_rank = lookahead.acceptance[nearest]["by_rank"] if nearest else [[0.2], [0.08]]  # untrained "mean", SmolLM2, greedy
+        return choose_tree(by_rank[:len(lookahead.embeddings)], *step_seconds(model, lookahead, rows))
+    kind, _, n = text.partition(":")
+    L, vocabulary = lookahead.embeddings.shape[0], model.config.vocab_size
+    paths = ["0" * (i + 1) for i in range(min(int(n), L + 1))] if kind == "chain" and n.isdecimal() and len(n) < 9 else text.split()
+    if not paths or not all(path.isdecimal() and path.isascii() and int(max(path)) < vocabulary for path in paths):
+        raise InputError(f"tree {text!r}: give paths of ranks such as \"0 1 00\", or chain:N, or auto")
+    if max(map(len, paths)) > L:
+        raise InputError(f"tree {text!r} is deeper than the {L} look-ahead tokens")
+    return paths
+
+
+def draft_model(run):
+    """Speculative sampling as Leviathan et al. and Chen et al. published it: a second, smaller model drafts, one pass a draft."""
+    small = Run(run.draft_model, run.prompts, run.draft_params, max_new_tokens=run.max_new_tokens, length=run.length)
+    prefill(small)
+    x = draw(run.probs(run.model.logits(prefill(run)[:, 0])), run.uniform(1)[:, 0])
+    alive = run.emit(x)
+    while alive:
+        drafts, q = [x], []
+        for _ in range(max(1, run.useful_drafts(1))):
+            q.append(probs(small.model.logits(small.forward(drafts[-1][:, None]))[:, 0], run.draft_params))
+            drafts.append(draw(q[-1], run.uniform(1)[:, 0]))
+            small.commit(1)
+        small.forward(drafts[-1][:, None])  # its q is not needed, but its keys and values are, should all be accepted
+        drafts, q = torch.stack(drafts, 1), torch.stack(q, 1)
+        p = run.probs(run.model.logits(run.forward(drafts)))
+        accepted, x = verify(p, q, drafts[:, 1:], run.uniform(drafts.shape[1]))
+        alive = run.emit(x, drafts[:, 1:], accepted)
+        run.commit(1 + accepted)
+        small.cache.length = run.cache.length  # the draft model's cache rolls back to the same text
+
+
+METHODS = {"autoregressive": autoregressive, "pass": parallel, "fused": fused, "draft-model": draft_model}
 
 
 @torch.inference_mode()
-def generate(model, prompts, method="pass", lookahead=None, params=Params(), max_new_tokens=128, seed=0, on_token=None):
+def generate(model, prompts, method="pass", lookahead=None, params=Params(), max_new_tokens=128, seed=0, on_token=None, *,
+             tree="auto", draft_temperature=None, draft_model=None, length=4):
     """Continue each of `prompts`, lists of token ids that may differ in length, by a method of METHODS.
 
-    lookahead: a Lookahead; autoregressive needs none.  on_token(row, token, from_draft) is called for
-    each token as it is made. The same seed, method, batch and machine give the same text.
-    Returns a dict: method, tokens and from_draft (lists of lists), stop_reason ("stop", "length" or "context", per row),
-    passes (forward passes, prefill being one), drafted (count), accepted_by_position (share of the drafts at each position that
-    were accepted, each position after all before it), tokens_per_pass (per row), seconds (in all) and prefill_seconds.
+    lookahead: a Lookahead, for pass and fused.  on_token(row, token, from_draft) is called for each token as it is made.
+    tree: for fused, see `parse_tree`.  draft_temperature: for fused and draft-model, of the q that drafts are drawn from; None is
+    as for p.  draft_model, length: for draft-model, a Llama of the same vocabulary, and how many drafts it makes a step.
+    The same seed, method, batch and machine give the same text, but for tree "auto", which depends on measured times.
+    Returns a dict: method, tree (fused only; empty if plain decoding is faster here), tokens and from_draft (lists of lists),
+    stop_reason ("stop", "length" or "context", per row), passes (of the model, prefill being one; not those of a draft model),
+    drafted (positions; a tree tries several drafts for one), accepted_by_position (share of the drafted positions at which a
+    draft was accepted, each after all before it), tokens_per_pass (per row), seconds (in all) and prefill_seconds.
     Raises InputError for an empty prompt, one that leaves no room in the context, and ids outside of the vocabulary.
     """
     config = model.config
@@ -327,17 +580,27 @@ def generate(model, prompts, method="pass", lookahead=None, params=Params(), max
                              f"{config.vocab_size - 1}: is this the model's own tokenizer?")
     if not prompts or max_new_tokens < 1:
         raise InputError("at least one prompt and one new token are needed")
-    if lookahead is None and method != "autoregressive":
+    if lookahead is None and method in ("pass", "fused"):
         raise InputError(f"method {method} needs a look-ahead")
-    lookahead = (Lookahead(torch.zeros(0, config.dim)) if lookahead is None else lookahead).fit(model)
-    run = Run(model, prompts, params, lookahead, max_new_tokens, seed, on_token)
-    METHODS[method](run)
-    drafted = [n for n in run.drafted if n]
-    return {"method": method, "tokens": run.tokens, "from_draft": run.from_draft, "stop_reason": run.stop_reason,
-            "passes": run.passes, "drafted": sum(drafted),
+    if method == "draft-model" and (draft_model is None or draft_model.config.vocab_size != config.vocab_size):
+        raise InputError(f"method {method} needs a draft model (--draft-model DIR) with the vocabulary of the model, "
+                         f"{config.vocab_size} tokens")
+    if method == "draft-model" and (length < 1 or draft_model.config.context < min(config.context, max_new_tokens + max(
+            map(len, prompts)))):
+        raise InputError(f"method {method} needs a length of at least 1, not {length}, and a draft model whose context of "
+                         f"{draft_model.config.context} tokens holds prompt and new tokens: ask for fewer")
+    lookahead = lookahead if method in ("pass", "fused") else None
+    draft_params = params if draft_temperature is None else replace(params, temperature=draft_temperature)
+    paths = parse_tree(tree, model, len(prompts), lookahead, params.temperature) if method == "fused" else []
+    run = Run(model, prompts, params, lookahead, max_new_tokens, seed, on_token, len(lookahead.embeddings) if lookahead else length,
+              Tree(paths, model.embedding.device) if paths else None, draft_params, draft_model)
+    (autoregressive if method == "fused" and not paths else METHODS[method])(run)
+    drafted, seconds = [n for n in run.drafted if n], time.perf_counter() - run.start
+    return {"method": method, **({"tree": " ".join(paths)} if method == "fused" else {}), "tokens": run.tokens,
+            "from_draft": run.from_draft, "stop_reason": run.stop_reason, "passes": run.passes, "drafted": sum(drafted),
             "accepted_by_position": [round(a / n, 4) for a, n in zip(run.accepted, drafted)],
             "tokens_per_pass": round(sum(map(len, run.tokens)) / len(prompts) / run.passes, 4),
-            "seconds": time.perf_counter() - run.start, "prefill_seconds": run.prefill_seconds}
+            "seconds": seconds, "prefill_seconds": run.prefill_seconds}
 
 
 # ---------------------------------------------------------------------------------------------------------- look-ahead files
@@ -381,7 +644,15 @@ def load_lookahead(spec, model, tokenizer, prompt, length=None):
                              f"{tuple(tensor.shape)}: damaged, or trained for another model?")
     if length is not None and length > len(tensors["embeddings"]):
         raise InputError(f"{spec} has {len(tensors['embeddings'])} look-ahead tokens, fewer than --length {length}")
-    return Lookahead(tensors.pop("embeddings")[:length], **tensors)
+    return Lookahead(tensors.pop("embeddings")[:length], **tensors, acceptance=about.get("acceptance", {}))
+
+
+def load_draft_model(folder, model, tokenizer):
+    """A second Llama, in the model's dtype and on its device. Raises InputError where its tokens are not the same as the model's."""
+    small = Llama.load(folder, model.embedding.dtype, model.embedding.device)
+    if load_tokenizer(folder, small.config.vocab_size).pieces != tokenizer.pieces:
+        raise InputError(f"the tokenizer of {folder} is not that of the model; a draft model must share the vocabulary")
+    return small
 
 
 # -------------------------------------------------------------------------------------------------------------- command line
@@ -416,7 +687,8 @@ def summary(results):
     tokens, seconds = sum(len(t) for r in results for t in r["tokens"]), sum(r["seconds"] for r in results)
     shares = " ".join(f"{share:.2f}" for share in results[0]["accepted_by_position"])
     drafts = f", accepted by position {shares}" if shares else ""
-    return (f"{results[0]['method']}: {tokens} tokens, {sum(r['passes'] for r in results)} passes, "
+    tree = f" with tree {results[0]['tree'] or 'none, since plain decoding is faster here'}" if "tree" in results[0] else ""
+    return (f"{results[0]['method']}{tree}: {tokens} tokens, {sum(r['passes'] for r in results)} passes, "
             f"{statistics.mean(r['tokens_per_pass'] for r in results):.2f} tokens a pass{drafts}, {seconds:.2f} s "
             f"({sum(r['prefill_seconds'] for r in results):.2f} s of it prefill), {tokens / seconds:.1f} tokens/s")
 
@@ -431,7 +703,10 @@ def main():
     source.add_argument("stdin", nargs="?", choices=["-"], help="continue the text on standard input")
     add("--method", choices=METHODS, default="pass", help="default: %(default)s")
     add("--lookahead", default="mean", metavar="FILE|unk|mean", help="trained file, or untrained baseline (default: %(default)s)")
-    add("--length", type=int, help="look-ahead tokens L (default: all of the file, or 4)")
+    add("--length", type=int, help="look-ahead tokens L, or drafts of the draft model (default: all of the file, or 4)")
+    add("--tree", default="auto", help="of fused: paths of ranks such as \"0 1 00\", or chain:N, or auto, the fastest here (default)")
+    add("--draft-model", type=Path, metavar="DIR", help="folder of the model that drafts for --method draft-model")
+    add("--draft-temperature", type=float, help="of the drafts of fused and draft-model (default: as --temperature)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     add("--top-k", type=int, default=0, help="0 is off (default: %(default)s)")
     add("--top-p", type=float, default=1.0, help="1 is off (default: %(default)s)")
@@ -440,13 +715,15 @@ def main():
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    add("--compare", action="store_true", help="run autoregressive too, interleaved, and print the ratio of their speeds")
+    add("--compare", nargs="*", choices=METHODS, metavar="METHOD", help="run --method, or these, interleaved with "
+        "autoregressive, and print the ratios of their speeds (- for standard input goes before it)")
     add("--json", action="store_true", help="print one JSON object on stdout and nothing else")
     args = parser.parse_args()
 
     params, prompt = Params(args.temperature, args.top_k, args.top_p), read_prompt(args)
-    if args.compare and args.method == "autoregressive":
-        raise InputError("--compare sets a method against autoregressive; give another --method")
+    methods = [args.method] if args.compare is None else ["autoregressive", *(args.compare or [args.method])]
+    if len(set(methods)) < len(methods):
+        raise InputError("--compare sets methods against autoregressive; name others, each once")
     if args.samples < 1:
         raise InputError(f"samples must be at least 1, not {args.samples}")
     model = Llama.load(args.model, DTYPES.get(args.dtype), device_named(args.device))
@@ -454,49 +731,49 @@ def main():
     prompt = tokenizer.encode(prompt)
     if not prompt:
         raise InputError("the prompt has no tokens; give a longer one")
-    lookahead = None
-    if args.method != "autoregressive":
+    lookahead, small = None, None
+    if {"pass", "fused"} & set(methods):
         lookahead = load_lookahead(args.lookahead, model, tokenizer, prompt, args.length)
+    if "draft-model" in methods and args.draft_model:
+        small = load_draft_model(args.draft_model, model, tokenizer)
+    options = dict(tree=args.tree, draft_temperature=args.draft_temperature, draft_model=small,
+                   length=4 if args.length is None else args.length)
 
     def once(method, seed, tokens=args.max_new_tokens, show=False):
-        if show and args.compare:
+        if show and len(methods) > 1:
             print(f"--- {method}", flush=True)
         result = generate(model, [prompt] * args.samples, method, lookahead, params, tokens, seed,
-                          printer(tokenizer) if show else None)
+                          printer(tokenizer) if show else None, **options)
         result["text"] = [tokenizer.decode(row) for row in result["tokens"]]
         del result["from_draft"]
         if show:
             print("".join(f"\n--- sample {i}\n{text}" for i, text in enumerate(result["text"]) if i))
         return result
 
-    if not args.compare:
-        result = once(args.method, args.seed, show=not args.json)
-        if args.json:
-            print(json.dumps(result))
-        else:
-            print(summary([result]), file=sys.stderr)
-        return
-
-    methods, rounds = ["autoregressive", args.method], 3
-    for method in methods:
-        once(method, args.seed, tokens=4)  # warm up
+    rounds = 1 if args.compare is None else 3
+    if args.compare is not None:
+        for method in methods:
+            once(method, args.seed, tokens=4)  # warm up
     results = {method: [] for method in methods}
-    for seed in range(args.seed, args.seed + rounds):  # interleaved: what disturbs the machine meets both
+    for seed in range(args.seed, args.seed + rounds):  # interleaved: what disturbs the machine meets all
         for method in methods:
             results[method].append(once(method, seed, show=seed == args.seed and not args.json))
+    if args.compare is None:
+        print(json.dumps(results[args.method][0])) if args.json else print(summary(results[args.method]), file=sys.stderr)
+        return
     per_token = {m: [r["seconds"] / sum(map(len, r["tokens"])) for r in results[m]] for m in methods}
-    ratio = statistics.median(a / b for a, b in zip(*per_token.values()))
+    ratio = {m: statistics.median(a / b for a, b in zip(per_token["autoregressive"], per_token[m])) for m in methods[1:]}
     if args.json:
         print(json.dumps({m: results[m][0] for m in methods} | {"ratio": ratio}))
         return
     for method in methods:
         print(summary(results[method]), file=sys.stderr)
-    print(f"{args.method} takes {1 / ratio:.2f} of the time per token: {ratio:.2f}x as fast (median of {rounds} interleaved runs)",
-          file=sys.stderr)
-    if args.temperature == 0:
-        a, b = (results[m][0]["tokens"] for m in methods)
-        print("greedy: both texts are the same" if a == b else "greedy: the texts differ; in "
-              f"{str(model.embedding.dtype)[6:]} usually since two logits tie within the rounding: see --dtype float32", file=sys.stderr)
+    for method in methods[1:]:
+        same = "" if args.temperature else "; the text is the same" if all(
+            a["tokens"] == b["tokens"] for a, b in zip(results["autoregressive"], results[method])) else "; the text differs, in " \
+            f"{str(model.embedding.dtype)[6:]} usually since two logits tie within the rounding: see --dtype float32"
+        print(f"{method} takes {1 / ratio[method]:.2f} of the time per token: {ratio[method]:.2f}x as fast (median of {rounds} "
+              f"interleaved runs){same}", file=sys.stderr)
 
 
 if __name__ == "__main__":

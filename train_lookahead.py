@@ -4,14 +4,16 @@
     python train_lookahead.py --model DIR --data PATH .. --length 3 --memory 32 --head 256 --minutes 24 --out FILE  # beyond it
     python train_lookahead.py --model DIR --data PATH .. --evaluate FILE                                            # measure again
 
-Only the look-ahead has gradients. A step reads a few texts once without any, then puts M groups of look-ahead tokens after M
-places of each text into one block, the only differentiated pass; a group sees the text up to its place, the memory and itself.
+Only the look-ahead has gradients. A few texts are read once without any and serve for STEPS steps; each step puts M groups of
+look-ahead tokens after M places of each text into one block, the only differentiated pass; a group sees the text up to its place,
+the memory and itself.
 Killed at any moment, `--resume` goes on from the last checkpoint (FILE.checkpoint) and with --steps ends bit for bit where an
 undisturbed run ends: all randomness of a step comes from (seed, step). With many GPUs: `torchrun --nproc-per-node N
-train_lookahead.py ..`; only the look-ahead's gradients travel. Read `loss_and_gradient`, `backward`, `train`. Shapes as in
+train_lookahead.py ..`; only the look-ahead's gradients travel. Read `loss_and_gradient`, `states`, `train`. Shapes as in
 pass_sampler.py; N columns, M groups.
 """
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -27,10 +29,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import DTYPES, Cache, InputError, Llama, device_named, load_tokenizer, open_tensors, run_script, write_tensors
-from pass_sampler import Lookahead, Params, fingerprint, generate, load_lookahead, probs
+from pass_sampler import Lookahead, Params, fingerprint, generate, load_lookahead, probs, residual, without_replacement
 
-TEXT, BATCH, GROUPS = 128, 4, 16  # tokens a text, texts a step, groups a text
-RATES = {"embeddings": 0.05, "memory": 0.05, "head_in": 0.003, "head_out": 0.003}
+TEXT, BATCH, GROUPS, STEPS = 128, 8, 4, 16  # tokens a text, texts a step, groups a text and step, steps for which texts serve
+RATES = {"embeddings": 0.02, "memory": 0.02, "head_in": 0.003, "head_out": 0.003}
+OWN = 1024  # texts of --from-model
 TEMPERATURES = (0.0, 0.6, 1.0)
 CHECKPOINT_SECONDS, EVALUATION_SECONDS = 60, 300
 
@@ -38,7 +41,7 @@ CHECKPOINT_SECONDS, EVALUATION_SECONDS = 60, 300
 # ----------------------------------------------------------------------------------------------------------------- objective
 
 @torch.no_grad()
-def loss_and_gradient(model, h, target, tokens, objective, columns=96):
+def loss_and_gradient(model, h, target, tokens, objective, columns=192):
     """Loss, summed over columns, and its gradient with respect to h (N,D), the states from which the drafts' q come.
 
     target (N,D): the model's own states at the same places, whence p.  tokens (N,): what the text has there.
@@ -61,30 +64,37 @@ def loss_and_gradient(model, h, target, tokens, objective, columns=96):
                 total += F.kl_div(log_q, p, reduction="sum")
                 g = q - p
             else:
-                below = q * (q < p)  # only where q < p does min(p, q) move with q
+                below = q * (q < p)  # only there does min(p, q) move with q, and dq_y / dlogit_x = q_y (1[x = y] - q_x)
                 total += len(q) - torch.minimum(p, q).sum()
                 g = q * below.sum(-1, keepdim=True) - below
         gradient[part] = g.to(h.dtype) @ model.output
     return total, gradient
 
 
-def states(model, lookahead, text, places, offset):
+def prefix(model, text, offset, room):
+    """Read text (B,T) once, its positions shifted by offset (B,), with room for so many columns after it. Returns the cache and
+    the model's own states (B,T,D)."""
+    cache = Cache(model, text.shape[0], text.shape[1] + room)
+    with torch.no_grad():
+        own = model(text, offset[:, None] + torch.arange(text.shape[1], device=text.device), cache)
+    cache.commit(text.shape[1])
+    return cache, own
+
+
+def states(model, lookahead, text, places, offset, cache, own):
     """Run M groups of look-ahead tokens after M places of each text.
 
     text (B,T) tokens.  places (B,M): how many tokens of the text a group follows.  offset (B,): added to all positions, since
-    the memory's keys are not rotated and would fade far from the positions where they were trained.
+    the memory's keys are not rotated and would fade far from the positions where they were trained.  cache, own: of `prefix`.
     Returns drafts' and targets' states h, target (B*M*L, D), and the tokens (B*M*L,) that both predict.
     """
-    (B, T), M, L = text.shape, places.shape[1], len(lookahead.embeddings)
-    cache = Cache(model, B, T + M * L)
-    with torch.no_grad():
-        own = model(text, offset[:, None] + torch.arange(T, device=text.device), cache)
-        cache.commit(T)
+    M, L = places.shape[1], len(lookahead.embeddings)
+    cache = copy.copy(cache)  # the memory changes from step to step, the text does not
     if lookahead.memory is not None:
         cache.set_memory(lookahead.memory)
     before = (places[:, :, None] + torch.arange(L, device=text.device)).flatten(1)  # (B,M*L): index of the token before the draft's
     inside = torch.ones(L, L, dtype=torch.bool, device=text.device).tril()
-    h = model(lookahead.embeddings.repeat(M, 1).expand(B, -1, -1), offset[:, None] + before, cache,
+    h = model(lookahead.embeddings.repeat(M, 1).expand(len(text), -1, -1), offset[:, None] + before, cache,
               visible=torch.block_diag(*[inside] * M), sees_committed=places.repeat_interleave(L, 1),
               sees_memory=torch.ones(M * L, dtype=torch.bool, device=text.device))
     if lookahead.head_in is not None:
@@ -93,9 +103,10 @@ def states(model, lookahead, text, places, offset):
     return h.flatten(0, 1), target.flatten(0, 1), text.gather(1, before + 1).flatten()
 
 
-def backward(model, parts, text, places, offset, objective):
-    """Add one step's gradient to parts {name: float32 parameter}, averaged over columns of all texts; returns the loss."""
-    h, target, tokens = states(model, Lookahead(**parts).to(model), text, places, offset)
+def backward(model, parts, objective, *batch):
+    """Add one step's gradient to parts {name: float32 parameter}, averaged over columns of all texts; returns the loss.
+    batch: text, places, offset, cache, own, as `states` takes them."""
+    h, target, tokens = states(model, Lookahead(**parts).to(model), *batch)
     loss, gradient = loss_and_gradient(model, h.detach(), target, tokens, objective)
     h.backward(gradient / len(h))
     return loss.item() / len(h)
@@ -104,8 +115,8 @@ def backward(model, parts, text, places, offset, objective):
 # ---------------------------------------------------------------------------------------------------------------------- data
 
 def read_data(tokenizer, paths, suffix):
-    """Tokens of all files below `paths`, (N,) for training and (N,) held out. Files are held out whole, every tenth by a hash
-    of its name."""
+    """Tokens of all files below `paths`, (N,) for training and (N,) held out. Files are held out whole: the tenth whose names
+    hash lowest."""
     for path in paths:
         if not path.exists():
             raise InputError(f"--data {path} does not exist")
@@ -145,12 +156,13 @@ def own_texts(model, tokens, n, temperature, seed, prompt=48, length=160):
 # ---------------------------------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def evaluate(model, lookahead, texts, position=0, ranks=8):
+def evaluate(model, lookahead, texts, position=0, ranks=5):
     """Acceptance on texts {temperature: (n,T)} that the model wrote itself, their first token at `position`.
 
     Per temperature: by_position, the probability a_j = sum_x min(p_j(x), q_j(x)) that draft j is accepted, the tokens x_i before
     it being the text's; expected, the accepted drafts of a chain, sum_j a_j prod_{i<j} min(1, q_i(x_i) / p_i(x_i)), which is
-    unbiased since x_i ~ p_i; by_rank [position][k], the share of p that the k+1 best drafts cover.
+    unbiased since x_i ~ p_i; by_rank [position][k], the probability that one of k+1 drafts for that position is accepted, drawn
+    without replacement as `draft_tree` does (greedy: the k+1 best).
     """
     lookahead = lookahead.to(model)
     table, L = {}, len(lookahead.embeddings)
@@ -158,14 +170,21 @@ def evaluate(model, lookahead, texts, position=0, ranks=8):
         accept, cover, chain = [], [], []
         for rows in text.split(8):
             rows = rows.to(model.embedding.device)
-            places = torch.arange(48, rows.shape[1] - L, 3, device=rows.device).expand(len(rows), -1)
+            places = torch.arange(48, rows.shape[1] - L, 6, device=rows.device).expand(len(rows), -1)
             offset = torch.full((len(rows),), position, device=rows.device)
-            h, target, tokens = states(model, lookahead, rows, places, offset)
+            h, target, tokens = states(model, lookahead, rows, places, offset, *prefix(model, rows, offset, places.shape[1] * L))
             for hs, ts, x in zip(h.split(32 * L), target.split(32 * L), tokens.split(32 * L)):
                 logits = model.logits(hs)
                 p, q = probs(model.logits(ts), Params(temperature)), probs(logits, Params(temperature))
-                best = logits.topk(min(ranks, p.shape[-1])).indices
-                cover.append(p.gather(1, best).cumsum(1).view(-1, L, best.shape[1]))
+                width = min(ranks, p.shape[-1])
+                if temperature == 0:
+                    cover.append(p.gather(1, logits.topk(width).indices).cumsum(1).view(-1, L, width))
+                else:
+                    rest, refused = p, [torch.ones(len(p), device=p.device)]  # as in `verify_tree`, with the average over u
+                    for q_k in without_replacement(q, width, torch.Generator(p.device).manual_seed(0))[1].unbind(1):
+                        refused.append(refused[-1] * (1 - torch.minimum(rest, q_k).sum(-1)))
+                        rest = residual(rest, q_k)
+                    cover.append(1 - torch.stack(refused[1:], 1).view(-1, L, width))
                 accept.append(torch.minimum(p, q).sum(-1).view(-1, L))
                 kept = (q.gather(1, x[:, None]) / p.gather(1, x[:, None]).clamp(min=1e-30)).clamp(max=1).view(-1, L)
                 chain.append((accept[-1] * F.pad(kept, (1, 0), value=1)[:, :-1].cumprod(1)).sum(1))
@@ -217,7 +236,7 @@ def train(args, model, pool, held, settings):
                 p.data.copy_(file.get_tensor(name))
                 optimizer.state[p] = {k: file.get_tensor(f"{name}.{k}").to("cpu" if k == "step" else p.device)
                                       for k in ("step", "exp_avg", "exp_avg_sq")}
-    texts = {t: own_texts(model, held, 16, t, args.seed) for t in TEMPERATURES} if rank == 0 else {}
+    texts = {t: own_texts(model, held, 32, t, args.seed) for t in TEMPERATURES} if rank == 0 else {}
 
     def save_state():
         state = {f"{name}.{k}": v for name, p in parts.items() for k, v in optimizer.state[p].items()}
@@ -225,19 +244,24 @@ def train(args, model, pool, held, settings):
 
     bar = tqdm(total=args.steps or round(args.minutes * 60), initial=step if args.steps else round(spent), disable=rank > 0,
                unit="step" if args.steps else "s", smoothing=0, mininterval=1 if sys.stderr.isatty() else 60)
-    saved_at, measured_at, accept = spent, -math.inf, None
+    saved_at, measured_at, accept, read = spent, -math.inf, None, None
+    mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     while (done := step / args.steps if args.steps else spent / (60 * args.minutes)) < 1:
         if rank == 0 and spent - measured_at > EVALUATION_SECONDS:
             table, measured_at = evaluate(model, Lookahead(**parts), texts), spent
             accept = " ".join(f"{a:.2f}" for a in table["1.0"]["by_position"])
             tqdm.write(f"step {step}, {spent / 60:.1f} min: {show(table)}", file=sys.stderr)
-        began, generator = time.perf_counter(), torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        own = pool.ndim == 2
-        text = pool[torch.randint(len(pool), (BATCH,), generator=generator)] if own else windows(pool, BATCH, TEXT, generator)
-        places = torch.rand(BATCH, text.shape[1] - 1 - args.length, generator=generator).argsort(1)[:, :GROUPS] + 1
-        offset = torch.randint(max(1, model.config.context - text.shape[1] - args.length), (BATCH,), generator=generator)
-        mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-        loss = backward(model, parts, *(x[mine].to(model.embedding.device) for x in (text, places, offset)), args.objective)
+        began = time.perf_counter()
+        if read is None or step % STEPS == 0:  # reading costs more than a step: let it serve for several, at other places
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step // STEPS)
+            own = pool.ndim == 2
+            text = pool[torch.randint(len(pool), (BATCH,), generator=generator)] if own else windows(pool, BATCH, TEXT, generator)
+            shuffled = torch.rand(BATCH, text.shape[1] - 1 - args.length, generator=generator).argsort(1) + 1
+            offset = torch.randint(max(1, model.config.context - text.shape[1] - args.length), (BATCH,), generator=generator)
+            text, shuffled, offset = (x[mine].to(model.embedding.device) for x in (text, shuffled, offset))
+            read = prefix(model, text, offset, GROUPS * args.length)
+        places = shuffled[:, step % STEPS * GROUPS:][:, :GROUPS]
+        loss = backward(model, parts, args.objective, text, places, offset, *read)
         if world > 1:
             for p in parts.values():
                 dist.all_reduce(p.grad)
@@ -269,7 +293,8 @@ def main():
     add("--model", type=Path, required=True, help="folder of the frozen model")
     add("--data", type=Path, nargs="+", required=True, help="text files, and folders to search for them")
     add("--suffix", default="", help="of the files in folders, such as .py (default: all)")
-    add("--from-model", type=float, metavar="TEMPERATURE", help="train on texts that the model writes after prompts from the data")
+    add("--from-model", type=float, nargs="+", metavar="TEMPERATURE", help="train on texts that the model writes after prompts from "
+        "the data, in equal parts at these temperatures")
     add("--length", type=int, default=4, help="look-ahead tokens L (default: %(default)s)")
     add("--memory", type=int, default=0, help="memory slots R (default: %(default)s)")
     add("--head", type=int, default=0, help="rank of the draft head (default: %(default)s, no head)")
@@ -279,13 +304,16 @@ def main():
     budget.add_argument("--steps", type=int, help="of training, in place of --minutes")
     add("--out", type=Path, help="file to write")
     add("--resume", action="store_true", help="go on from the checkpoint beside --out, if there is one")
-    add("--evaluate", type=Path, metavar="FILE", help="measure the acceptance of FILE, near positions 100, 1000 and 3000")
+    add("--evaluate", nargs="+", metavar="FILE|unk|mean", help="measure the acceptance, with a memory near "
+        "positions 100, 1000 and 3000")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--dtype", choices=DTYPES, help="of the model (default: the checkpoint's own); the look-ahead trains in float32")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     args = parser.parse_args()
     if not 1 <= args.length <= 64 or not 0 <= args.memory <= TEXT or args.head < 0:
         raise InputError(f"--length must be 1 to 64, --memory 0 to {TEXT}, --head not negative")
+    for temperature in args.from_model or ():
+        Params(temperature)
     if not 0 < args.minutes < math.inf or args.steps is not None and args.steps < 1:
         raise InputError("--steps and --minutes must be positive")
     if (args.out is None) == (args.evaluate is None):
@@ -304,18 +332,25 @@ def main():
     tokenizer = load_tokenizer(args.model, model.config.vocab_size)
     pool, held = read_data(tokenizer, args.data, args.suffix)
     if args.evaluate:
-        lookahead = load_lookahead(str(args.evaluate), model, tokenizer, held[:TEXT].tolist())
-        texts = {t: own_texts(model, held, 16, t, args.seed) for t in TEMPERATURES}
-        for position in (0, 900, 2900):
-            if position + 160 <= model.config.context:
-                print(f"positions near {position + 100}: {show(evaluate(model, lookahead, texts, position))}", flush=True)
+        lookaheads = {spec: load_lookahead(spec, model, tokenizer, held[:TEXT].tolist()) for spec in args.evaluate}
+        texts = {t: own_texts(model, held, 32, t, args.seed) for t in TEMPERATURES}
+        print("| look-ahead | near position | " + " | ".join(f"accepted at t = {t:g} | expected" for t in TEMPERATURES) + " |")
+        print("|---|---|" + "---|---|" * len(TEMPERATURES))
+        for spec, lookahead in lookaheads.items():
+            for position in (0, 900, 2900) if lookahead.memory is not None else (0,):  # attention is relative, but for the memory
+                if position + 160 <= model.config.context:
+                    row = "".join(f" {' '.join(f'{a:.2f}' for a in row['by_position'])} | {row['expected']:.2f} |"
+                                  for row in evaluate(model, lookahead, texts, position, ranks=1).values())
+                    print(f"| {Path(spec).stem} | {'any' if lookahead.memory is None else position + 100} |{row}", flush=True)
         return
-    settings = {"model": fingerprint(model.config), "data": " ".join(map(str, args.data))}
+    settings = {"model": fingerprint(model.config), "data": " ".join(path.name for path in args.data)}
     settings |= {k: str(getattr(args, k)) for k in ("suffix", "from_model", "length", "memory", "head", "objective", "seed",
                                                     "dtype")}
+    settings |= {"sizes": str((TEXT, BATCH, GROUPS, STEPS)), "rates": str(RATES)}
     settings |= {"steps": str(args.steps)} if args.steps else {"minutes": str(args.minutes)}
     if args.from_model is not None:
-        pool = own_texts(model, pool, 512, args.from_model, args.seed, length=TEXT)
+        pool = torch.cat([own_texts(model, pool, OWN // len(args.from_model), t, args.seed + i, length=TEXT)
+                          for i, t in enumerate(args.from_model, 1)])
     train(args, model, pool, held, settings)
     if dist.is_initialized():
         dist.barrier()  # the first process still evaluates and writes

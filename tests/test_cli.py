@@ -1,5 +1,6 @@
 """The command line: what it prints, and that bad input ends in one clear line and exit code 2."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import pass_sampler
-from common import ROOT, run_main, save, tiny
+from common import ROOT, run_main, save, sentencepiece, tiny
 
 
 def call(capsys, *arguments):
@@ -26,7 +27,7 @@ def test_json_is_one_object(folder, capsys):
     assert len(result["text"]) == 2 and 0 < result["prefill_seconds"] < result["seconds"]
     code, out, _ = call(capsys, "--model", folder, "--prompt", "import", "--json", "--compare", "--max-new-tokens", 5)
     result = json.loads(out)
-    assert result["autoregressive"]["tokens"] == result["pass"]["tokens"] and result["ratio"] > 0
+    assert result["autoregressive"]["tokens"] == result["pass"]["tokens"] and result["ratio"]["pass"] > 0
 
 
 def test_stream_and_summary(folder, capsys):
@@ -38,6 +39,23 @@ def test_stream_and_summary(folder, capsys):
     assert err.startswith("pass: 30 tokens, ") and "tokens a pass, accepted by position" in err and err.count("\n") == 1
     _, out, err = call(capsys, *arguments, "--compare", "--lookahead", "unk")
     assert out.startswith("--- autoregressive\n") and "\n--- pass\n" in out and "as fast (median of 3 interleaved runs)" in err
+
+
+def test_all_methods_beside_one_another(folder, tmp_path, capsys):
+    """Greedy in float64: all methods write the same; the draft model must share the tokenizer."""
+    arguments = ["--model", folder, "--dtype", "float64", "--max-new-tokens", 12, "--draft-model", folder, "--tree", "0 1 00"]
+    _, out, _ = call(capsys, *arguments, "--json", "--compare", "pass", "fused", "draft-model")
+    results = json.loads(out)
+    assert list(results) == ["autoregressive", "pass", "fused", "draft-model", "ratio"] and len(results.pop("ratio")) == 3
+    assert len({str(result["tokens"]) for result in results.values()}) == 1
+    assert results["fused"]["tree"] == "0 1 00" and results["draft-model"]["accepted_by_position"][0] == 1
+    _, _, err = call(capsys, *arguments, "--compare", "fused")
+    assert "fused with tree 0 1 00: 36 tokens" in err and err.rstrip().endswith("the text is the same")
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "tokenizer.model").write_bytes(sentencepiece(sentencepiece.__doc__ * 9))
+    code, _, err = call(capsys, *arguments[:-3], other, "--method", "draft-model")
+    assert code == 2 and "must share the vocabulary" in err
 
 
 def test_accepted_drafts_stand_out_on_a_terminal(folder, capsys, monkeypatch):
@@ -66,6 +84,9 @@ def test_exit_code_of_the_process_and_closed_pipe(folder):
     assert closed.stderr.count("\n") <= 1 and "rror" not in closed.stderr
 
 
+FOLDER = object()  # stands for the fixture
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["--model", "nowhere"], "no model folder nowhere"),
     (["--prompt", ""], "prompt is empty"),
@@ -79,7 +100,13 @@ def test_exit_code_of_the_process_and_closed_pipe(folder):
     (["--top-p", "1.5"], "top-p must be"),
     (["--max-new-tokens", "0"], "at least one"),
     (["--samples", "0"], "samples must be"),
-    (["--compare", "--method", "autoregressive"], "give another --method"),
+    (["--compare", "--method", "autoregressive"], "name others, each once"),
+    (["--method", "draft-model"], "needs a draft model"),
+    (["--method", "draft-model", "--draft-model", "nowhere"], "no model folder nowhere"),
+    (["--method", "draft-model", "--draft-model", FOLDER, "--length", "0"], "length of at least 1"),
+    (["--method", "fused", "--tree", "chain:" + "9" * 5000], "give paths"),
+    (["--method", "fused", "--tree", "00"], "each path must come once"),
+    (["--method", "fused", "--draft-temperature", "-1"], "temperature must be"),
     (["--length", "0"], "length must be"),
     (["--device", "warp"], "device 'warp' cannot be used"),
     (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
@@ -89,7 +116,7 @@ def test_exit_code_of_the_process_and_closed_pipe(folder):
 ])
 def test_bad_arguments(arguments, says, folder, capsys):
     defaults = [] if "--model" in arguments else ["--model", folder]
-    code, out, err = call(capsys, *defaults, *arguments)
+    code, out, err = call(capsys, *defaults, *(folder if argument is FOLDER else argument for argument in arguments))
     assert code == 2 and out == "" and says in err
     assert "invalid choice" in says or (err.startswith("error: ") and err.count("\n") == 1)
 

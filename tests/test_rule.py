@@ -63,14 +63,14 @@ def test_rule_is_exact():
 
 
 BUGS = {
-    "p in place of the residual": ("residual = (p - q).clamp(min=0)", "residual = p"),
+    "p in place of the residual": ("rest = (p - q).clamp(min=0)", "rest = p"),
     "residual of the absolute value": ("(p - q).clamp(min=0)", "(p - q).abs()"),
     "the ratio inverted": ("u[:, :-1] * q_draft < p_draft", "u[:, :-1] * p_draft < q_draft"),
     "accepted if merely possible": ("u[:, :-1] * q_draft < p_draft", "p_draft > 0"),
-    "argmax in place of a draw": ("return accepted, draw(residual, u[:, -1])", "return accepted, residual.argmax(-1)"),
+    "argmax in place of a draw": ("draw(residual(p, q), u[:, -1])", "residual(p, q).argmax(-1)"),
     "a draft accepted after a rejection": ("accept.long().cumprod(1).sum(1)", "accept.long().sum(1)"),
     "no bonus from p: q of the last draft is still subtracted": ("F.pad(q, (0, 0, 0, 1))[rows", "torch.cat([q, q[:, -1:]], 1)[rows"),
-    "one random number for accepting and drawing": ("draw(residual, u[:, -1])", "draw(residual, u[:, 0])"),
+    "one random number for accepting and drawing": ("draw(residual(p, q), u[:, -1])", "draw(residual(p, q), u[:, 0])"),
 }
 
 

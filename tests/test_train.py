@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 import pass_sampler
 import train_lookahead
 from common import ROOT, plant, run_main, tiny
-from model import Llama, load_tokenizer
+from model import Llama, attention, load_tokenizer
 from pass_sampler import Lookahead, Params
 from test_samplers import random_lookahead
 
@@ -41,7 +42,10 @@ def check_columns(train_module, sampler_module):
     model, g = tiny(30), torch.Generator().manual_seed(0)
     lookahead = random_lookahead(model, 3).fit(model)
     text, places = torch.randint(30, (2, 12), generator=g), torch.tensor([[1, 4, 8], [3, 4, 2]])
-    h, target, tokens = train_module.states(model, lookahead, text, places, torch.tensor([0, 0]))
+    offset = torch.tensor([0, 0])
+    trained = replace(lookahead, embeddings=lookahead.embeddings.clone().requires_grad_())  # so that gradients flow, as in training
+    h, target, tokens = train_module.states(model, trained, text, places, offset, *train_module.prefix(model, text, offset, 9))
+    h = h.detach()
     q, p = model.logits(h).softmax(-1).view(2, 3, 3, 30), model.logits(target).softmax(-1).view(2, 3, 3, 30)
     for row, group in [(b, m) for b in range(2) for m in range(3)]:
         n = int(places[row, group])
@@ -65,8 +69,8 @@ def test_trained_columns_are_the_columns_of_the_sampler():
 
 
 @pytest.mark.parametrize("old, new", [
-    ("model.embed(drafts[j])", "model.embed(drafts[0])"),
-    ("best + (head[ids] @ features[:, :, None])[:, :, 0]", "best"),
+    ("drafts[j][:, None])", "drafts[0][:, None])"),
+    ("best = best + (rows", "best + (rows"),
     ("sees_memory=(0 <= own) & (own < L) if L and cache.memory else None", "sees_memory=None"),
     ("sees_memory=column >= tokens.shape[1] if L and self.cache.memory else None", "sees_memory=None"),
     ("self.cache.length[:, None] + column, self.cache,", "self.cache.length[:, None] + column * (column < 1), self.cache,"),
@@ -76,12 +80,20 @@ def test_planted_difference_between_training_and_sampling_is_caught(old, new):
         check_columns(train_lookahead, plant(pass_sampler, (old, new)))
 
 
+def test_attention_for_training_is_the_attention_of_sampling():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, generator=g) for n in (4, 6, 6))
+    for mask in (None, torch.randn(2, 1, 4, 6, dtype=torch.float64, generator=g)):
+        torch.testing.assert_close(attention(q.clone().requires_grad_(), k, v, mask), attention(q, k, v, mask))
+
+
 def test_positions_may_be_shifted_together():
     """Rotary attention is relative: without memory a common offset changes nothing; the memory is not rotated, so it does."""
     model, g = tiny(30), torch.Generator().manual_seed(0)
     text, places = torch.randint(30, (1, 12), generator=g), torch.tensor([[2, 7]])
     for lookahead, same in ((Lookahead(random_lookahead(model, 2).embeddings), True), (random_lookahead(model, 2), False)):
-        a, b = (train_lookahead.states(model, lookahead, text, places, torch.tensor([offset]))[0] for offset in (0, 40))
+        a, b = (train_lookahead.states(model, lookahead, text, places, offset, *train_lookahead.prefix(model, text, offset, 4))[0]
+                for offset in (torch.tensor([0]), torch.tensor([40])))
         assert torch.allclose(a, b, atol=1e-4) == same
 
 
@@ -115,14 +127,17 @@ def test_trains_the_lookahead_and_nothing_else(folder, data, tmp_path, capsys, m
         assert file.get_tensor("head_out").abs().max() > 0
     trained = about["acceptance"]
     assert list(trained) == ["0.0", "0.6", "1.0"] and len(trained["1.0"]["by_rank"]) == 2
+    for row in trained.values():  # a first draft is one candidate; more of them can only help
+        for share, ranks in zip(row["by_position"], row["by_rank"]):
+            assert abs(share - ranks[0]) < 2e-4 and ranks == sorted(ranks) and len(ranks) == 5
     assert about["settings"]["objective"] == "kl" and about["steps"] == 60
     train(capsys, *arguments(folder, data, tmp_path / "b.safetensors", "--steps", 1, "--objective", "kl"))
     with safe_open(tmp_path / "b.safetensors", "pt") as file:
         untrained = json.loads(file.metadata()["lookahead"])["acceptance"]
     assert trained["1.0"]["by_position"][0] > untrained["1.0"]["by_position"][0] + 0.02
     assert [name.name for name in tmp_path.iterdir() if "checkpoint" in name.name or "tmp" in name.name] == []
-    code, out, _ = train(capsys, "--model", folder, "--data", data, "--evaluate", tmp_path / "a.safetensors")
-    assert code == 0 and "positions near 100: t=0.0" in out
+    code, out, _ = train(capsys, "--model", folder, "--data", data, "--evaluate", "mean", tmp_path / "a.safetensors")
+    assert code == 0 and [line.split(" | ")[0] for line in out.splitlines()[2:]] == ["| mean", "| a"]
 
 
 KILL = """
@@ -130,7 +145,7 @@ import os, signal, sys
 import train_lookahead as t
 from model import run_script
 import model
-t.CHECKPOINT_SECONDS, save, calls = 0, model.save_file, []
+t.CHECKPOINT_SECONDS, t.STEPS, save, calls = 0, 2, model.save_file, []
 def dies_in_the_middle_of_a_write(tensors, path, metadata):
     save(tensors, path, metadata)
     calls.append(path)
@@ -147,7 +162,9 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_killed_and_resumed_ends_bit_for_bit_the_same(folder, data, tmp_path, capsys):
+def test_killed_and_resumed_ends_bit_for_bit_the_same(folder, data, tmp_path, capsys, monkeypatch):
+    """Killed after step 3 of 8 where texts serve for two steps: the run goes on amid them and reads new ones."""
+    monkeypatch.setattr(train_lookahead, "STEPS", 2)
     words = lambda out: [str(w) for w in arguments(folder, data, tmp_path / out, "--steps", 8)]
     assert train(capsys, *words("undisturbed"))[0] == 0
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -156,6 +173,18 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(folder, data, tmp_path, ca
     code, out, err = train(capsys, *words("killed"), "--resume")
     assert code == 0 and "8 steps" in out and "step 3, " in err and "step 0, " not in err
     assert digest(tmp_path / "killed") == digest(tmp_path / "undisturbed")
+
+
+def test_texts_are_read_anew_and_places_used_once(folder, data, tmp_path, capsys, monkeypatch):
+    seen, backward = [], train_lookahead.backward
+    monkeypatch.setattr(train_lookahead, "STEPS", 3)
+    monkeypatch.setattr(train_lookahead, "backward", lambda model, parts, objective, text, places, *more: seen.append((text, places))
+                        or backward(model, parts, objective, text, places, *more))
+    train(capsys, *arguments(folder, data, tmp_path / "out", "--steps", 6))
+    texts = [text.tolist() for text, _ in seen]
+    assert texts[0] == texts[1] == texts[2] != texts[3] == texts[4] == texts[5]
+    for row in torch.cat([places for _, places in seen[:3]], 1).tolist():
+        assert len(set(row)) == 3 * train_lookahead.GROUPS and 1 <= min(row) <= max(row) <= train_lookahead.TEXT - 1 - 2
 
 
 def test_two_processes_end_where_one_does(folder, data, tmp_path, capsys):
@@ -173,6 +202,7 @@ def test_two_processes_end_where_one_does(folder, data, tmp_path, capsys):
     (["--length", "0"], "must be 1 to 64"), (["--steps", "0"], "must be positive"), (["--data", "nowhere"], "nowhere does not exist"),
     (["--memory", "9999"], "--memory 0 to"), (["--minutes", "nan"], "must be positive"),
     (["--suffix", ".rs"], "0 files"), (["--out", "/nowhere/file"], "its folder must exist"), (["--evaluate", "nowhere"], "or --evaluate"),
+    (["--from-model", "0.6", "-1"], "temperature must be"),
 ])
 def test_bad_input(change, says, folder, data, tmp_path, capsys):
     code, out, err = train(capsys, *arguments(folder, data, tmp_path / "out"), *change)

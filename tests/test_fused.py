@@ -1,0 +1,265 @@
+"""One pass a step: the rule for trees of drafts is exact, and whole texts follow the model whatever the tree."""
+import itertools
+
+import pytest
+import torch
+
+import pass_sampler
+from common import ALPHA, p_value, plant, tiny
+from pass_sampler import Params, Tree, choose_tree, generate
+from test_samplers import check_joint, look_ahead, random_lookahead
+
+# ------------------------------------------------------------------------------------------------------- the rule, enumerated
+
+THIRDS = [torch.tensor(c, dtype=torch.float64) / 3 for c in itertools.product(range(4), repeat=3) if sum(c) == 3]
+MIDPOINTS = {n: (torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (12, 60)}
+
+
+def first_token(module, p, q, candidates):
+    """Exact distribution (V,) of the first token where `candidates` siblings are drawn from q without replacement, in any order.
+
+    p, q (V,) in thirds: then all that decides is at a multiple of 1/12 (accepting) or 1/60 (the last draw), and the averages over
+    midpoints between are the integrals. An order that runs out of tokens with q > 0 goes on with others, at q = 0.
+    """
+    V, total = len(p), 0
+    u = torch.cartesian_prod(MIDPOINTS[60], *[MIDPOINTS[12]] * candidates)
+    for order in itertools.permutations(range(V), candidates):
+        weight, left, qs = 1.0, q.clone(), [torch.zeros(V, dtype=q.dtype)]
+        for k, token in enumerate(order):
+            if left.sum() > 0:
+                left = left / left.sum()
+            weight *= left[token].item() if left.sum() > 0 else 1 / (V - k)
+            qs.append(left.clone())
+            left[token] = 0
+        if weight:
+            n = len(u)
+            tokens = torch.tensor([[0, *order]]).expand(n, -1)
+            ps = torch.stack([p] + [torch.full_like(p, 1 / V)] * candidates).expand(n, -1, -1)
+            node, last = module.verify_tree([0] * candidates, ps, torch.stack(qs).expand(n, -1, -1), tokens, u)
+            first = torch.where(node > 0, tokens.gather(1, node[:, None])[:, 0], last)
+            total += weight * first.bincount(minlength=V).double() / n
+    return total
+
+
+def check_rule(module):
+    for candidates, step in ((1, 1), (2, 1), (3, 3)):
+        for p, q in itertools.product(THIRDS[::step], THIRDS):
+            got = first_token(module, p, q, candidates)
+            assert torch.allclose(got, p, atol=1e-12), (
+                f"{candidates} candidates from q = {q.tolist()}: the output is distributed as {got.tolist()}, but "
+                f"p = {p.tolist()}: the rule for trees is broken")
+
+
+def test_rule_for_trees_is_exact():
+    """All p and q in thirds over three tokens: ties, zeros, supports that do not overlap, fewer tokens than candidates."""
+    check_rule(pass_sampler)
+
+
+RULE_BUGS = {
+    "p not reduced after a rejection": ("rest = torch.where(tried[:, None], residual(rest, q[:, i]), rest)", "pass"),
+    "p reduced but not renormalised": ("return torch.where(total > 0, rest / total, p)", "return torch.where(total > 0, rest, p)"),
+    "a sibling tried after one was accepted": ("tried = node == above", "tried = (node == above) | (node > 0)"),
+    "a draft that could not be drawn is kept": ("accept = tried & (q_draft > 0) &", "accept = tried &"),
+}
+
+
+@pytest.mark.parametrize("bug", RULE_BUGS)
+def test_planted_bug_in_the_rule_is_caught(bug):
+    with pytest.raises(AssertionError, match="rule for trees is broken"):
+        check_rule(plant(pass_sampler, RULE_BUGS[bug]))
+
+
+def test_chain_is_the_rule_of_the_paper():
+    """verify_tree on a chain returns just what verify returns."""
+    g = torch.Generator().manual_seed(0)
+    p, q = (torch.rand(2000, n, 5, dtype=torch.float64, generator=g).softmax(-1) for n in (4, 3))
+    drafts, u = torch.randint(5, (2000, 3), generator=g), torch.rand(2000, 4, dtype=torch.float64, generator=g)
+    accepted, last = pass_sampler.verify(p, q, drafts, u)
+    shift = lambda x: torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (1, 0))
+    node, token = pass_sampler.verify_tree([0, 1, 2], p, shift(q), shift(drafts), u.roll(1, 1))
+    assert (node == accepted).all() and (token == last).all() and len(set(node.tolist())) == 4
+
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0], dtype=torch.float64)
+
+
+def drafts_of_one_node(width, params, rows):
+    """Run draft_tree alone on LOGITS: the siblings (rows,width) and their q."""
+    model = tiny(5, seed=1)
+    run = pass_sampler.Run(model, [[1]] * rows, params, look_ahead(model, 1), tree=Tree([str(k) for k in range(width)]))
+    tokens, q = pass_sampler.draft_tree(run, run.tree, torch.zeros(rows, 1, 16), LOGITS.expand(rows, 1, 5), torch.zeros(rows).long())
+    return tokens[:, 1:], q[:, 1:]
+
+
+def test_siblings_are_drawn_from_the_q_that_they_come_with():
+    """Null hypothesis: ordered triples of siblings are drawn without replacement from q. 20,000 of them, chi-square at ALPHA."""
+    siblings, q = drafts_of_one_node(3, Params(0.7), 20_000)
+    exact, left = {}, pass_sampler.probs(LOGITS, Params(0.7))
+    for order in itertools.permutations(range(5), 3):
+        a, b, c = left[list(order)].tolist()
+        exact[order] = a * b / (1 - a) * c / (1 - a - b)
+    assert p_value(siblings.tolist(), exact) > ALPHA
+    expected = left.expand(20_000, 5)
+    for k in range(3):
+        torch.testing.assert_close(q[:, k], expected)
+        expected = expected.scatter(1, siblings[:, k:k + 1], 0)
+        expected = expected / expected.sum(1, keepdim=True)
+
+
+def test_siblings_where_q_has_no_more_tokens_and_where_it_is_greedy():
+    _, q = drafts_of_one_node(3, Params(1, top_k=2), 10)
+    assert (q[:, 1].count_nonzero(1) == 1).all() and (q[:, 2] == 0).all()
+    siblings, q = drafts_of_one_node(2, Params(0), 1)
+    assert siblings.tolist() == [[0, 1]]
+    torch.testing.assert_close(q[0], torch.eye(5, dtype=torch.float64)[:2])
+    q = torch.tensor([1 - 1e-300, 1e-300, 0], dtype=torch.float64)  # what is left is renormalised however little it is
+    torch.testing.assert_close(pass_sampler.without_replacement(q, 2, torch.Generator())[1], torch.eye(3, dtype=torch.float64)[:2],
+                               atol=1e-12, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- whole texts
+
+N = 6000  # texts a test, a third for each prompt: a tree's are dear. A shift of 10 % of all texts is found, see test_power.
+TREES = ["chain:3", "0 1", "0 1 2 00 01", "0 1 00 01 10 000 001"]
+
+
+@pytest.mark.parametrize("params", [Params(1), Params(0.7, 3, 0.8)], ids=str)
+@pytest.mark.parametrize("tree", TREES)
+def test_trees_follow_the_model(tree, params):
+    check_joint(pass_sampler, "fused", params, n=N, tree=tree)
+
+
+@pytest.mark.parametrize("options", [dict(tree=TREES[2]), dict(tree=TREES[3], draft_temperature=0.5),
+                                     dict(tree=TREES[1], draft_temperature=0)], ids=str)
+def test_memory_and_head_follow_the_model(options, monkeypatch):
+    monkeypatch.setattr(pass_sampler, "SHORTLIST", 3)  # of 4 tokens
+    check_joint(pass_sampler, "fused", Params(1), random_lookahead, n=N, **options)
+
+
+def test_draft_temperature_of_a_draft_model():
+    check_joint(pass_sampler, "draft-model", Params(1, 3), n=N, draft_temperature=0.4)
+
+
+BUGS = {
+    "drawn with replacement, judged as without": [("tokens = (q / arrival).topk(k).indices", "tokens = torch.stack([(q / torch."
+        "empty_like(arrival).exponential_(generator=generator)).argmax(-1) for _ in range(k)], -1)")],
+    "q not renormalised without the siblings": [("return tokens, torch.where(total > 0, left / total, 0)", "return tokens, left")],
+    "a sibling visible to a draft": [("[[a.startswith(b) for b in nodes] for a in nodes]",
+                                      "[[a.startswith(b) or len(a) == len(b) and b < a for b in nodes] for a in nodes]")],
+    "the accepted path not moved down": [("run.commit(1 + accepted, path)", "run.commit(1 + accepted)")],
+    "positions by column in place of depth": [("self.offset = torch.cat([self.depths,", "self.offset = torch.cat([torch.arange(n),")],
+    "drafts judged by the draft's temperature": [("run.probs(logits[:, :n])", "probs(logits[:, :n], run.draft_params)")],
+    "q of another node": [("q[:, i].scatter_(1, ids, left[:, parent, k])", "q[:, i].scatter_(1, ids, left[:, 0, k])")],
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_caught(bug):
+    mutant = plant(pass_sampler, *BUGS[bug])
+    with pytest.raises(AssertionError, match="do not follow the model"):
+        check_joint(mutant, "fused", Params(1), random_lookahead, n=N, tree="0 1 2 00 01 10", draft_temperature=0.6)
+
+
+def test_groups_see_their_node_and_its_ancestors_only():
+    """After a block with a tree, each group's states are those of a plain drafting pass after the text and the node's path."""
+    check_groups(pass_sampler)
+    with pytest.raises(AssertionError):
+        check_groups(plant(pass_sampler, ("torch.block_diag(*[inside] * n)", "torch.ones(n * self.depth, n * self.depth).tril().bool()")))
+
+
+def check_groups(module):
+    model = tiny(30)
+    lookahead = random_lookahead(model, 2)
+    run = module.Run(model, [[1, 2, 3]], Params(1), lookahead, 20, tree=module.Tree(["0", "1", "00"]))
+    module.prefill(run)
+    h = run.forward_tree(torch.tensor([[4, 5, 6, 7]]))
+    for node, path in enumerate([[4], [4, 5], [4, 6], [4, 5, 7]]):
+        expected = module.prefill(module.Run(model, [[1, 2, 3, *path]], Params(1), lookahead, 20, length=2), 2)
+        torch.testing.assert_close(torch.cat([h[:, node:node + 1], h[:, 4 + 2 * node:6 + 2 * node]], 1), expected)
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_greedy_fused_equals_greedy_autoregressive(tree):
+    model, generator = tiny(30, dtype=torch.float32, context=256, stop=(7,)), torch.Generator().manual_seed(0)
+    prompts = [torch.randint(30, (1 + i,), generator=generator).tolist() for i in range(12)]
+    expected = generate(model, prompts, "autoregressive", params=Params(0), max_new_tokens=40)["tokens"]
+    for make in (look_ahead, random_lookahead):
+        assert generate(model, prompts, "fused", make(model, 3), Params(0), 40, tree=tree)["tokens"] == expected
+        for prompt, text in zip(prompts[::5], expected[::5]):
+            assert generate(model, [prompt], "fused", make(model, 3), Params(0), 40, tree=tree)["tokens"] == [text]
+
+
+def test_perfect_drafts_give_the_whole_chain(monkeypatch):
+    """One pass gives 1 + depth tokens where every draft is right."""
+    model = tiny(30, dtype=torch.float32, context=256)
+    text = generate(model, [[1]], "autoregressive", None, Params(0), 60)["tokens"][0]
+
+    def oracle(run, tree, h, logits, x):
+        tokens = torch.tensor([text[len(run.tokens[0]) - 1:][:1 + tree.depth]])
+        return tokens, torch.nn.functional.one_hot(tokens, 30).float()
+    monkeypatch.setattr(pass_sampler, "draft_tree", oracle)
+    result = generate(model, [[1]], "fused", look_ahead(model, 3), Params(0), 57, tree="chain:3")
+    assert result["tokens"][0] == text[:57] and result["passes"] == 1 + 14 and result["accepted_by_position"] == [1, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------------------------- choosing a tree
+
+@pytest.mark.parametrize("tree", ["1", "0 0", "0 2", "00", "a b", "", "chain:x", "0 1 10 11 101", "chain:4", "chain:0", "²"])
+def test_bad_trees(tree):
+    model = tiny(30)
+    with pytest.raises(pass_sampler.InputError, match="tree"):
+        generate(model, [[1]], "fused", look_ahead(model, 3), Params(0), 4, tree=tree)
+
+
+def test_choose_tree():
+    """With free columns the best drafts are taken, with columns that cost as much as passes none."""
+    by_rank = [[0.6, 0.8, 0.85], [0.5, 0.6, 0.62]]
+    assert choose_tree(by_rank, {1: 1.0, 18: 1.0}, 0) == ["0", "00", "1", "10", "01"]
+    assert choose_tree(by_rank, {1: 1.0, 18: 18.0}, 0) == choose_tree(by_rank, {1: 1.0, 18: 1.0}, 1.4) == []
+    assert choose_tree([[0.01], [0.01]], {1: 1.0, 4: 1.1, 18: 1.5}, 0) == []
+    for tree in ([], ["0", "00", "1", "10", "01"]):
+        Tree(tree)
+
+
+def test_auto_without_a_tree_is_plain_decoding(monkeypatch):
+    monkeypatch.setattr(pass_sampler, "step_seconds", lambda *_: ({1: 1.0, 32: 32.0}, 0.0))
+    model = tiny(30)
+    result = generate(model, [[1]], "fused", look_ahead(model, 3), Params(0), 9)
+    assert result["tree"] == "" and result["passes"] == 9 and result["drafted"] == 0
+    monkeypatch.setattr(pass_sampler, "step_seconds", lambda *_: ({1: 1.0, 32: 1.0}, 0.0))
+    assert generate(model, [[1]], "fused", look_ahead(model, 3), Params(0), 9)["tree"].startswith("0")
+
+
+def check_rollback(module):
+    """With the model as its own draft model q is p at every position, whatever was rejected before: both caches hold the same text."""
+    model, g, verify, steps = tiny(30), torch.Generator().manual_seed(0), module.verify, []
+
+    def any_number(p, q, drafts, u):
+        torch.testing.assert_close(q, p[:, :-1], msg="the draft model reads another text than the model")
+        steps.append(drafts)
+        accepted, last = verify(p, q, drafts, u)
+        return torch.minimum(accepted, torch.randint(4, accepted.shape, generator=g)), last
+    module.verify = any_number
+    try:
+        module.generate(model, [[1], [2, 3, 4]], "draft-model", None, module.Params(1), 40, draft_model=model, length=3)
+    finally:
+        module.verify = verify
+    assert len(steps) > 10
+
+
+def test_draft_model_rolls_back():
+    check_rollback(pass_sampler)
+    for wrong in ("run.cache.length + (accepted < drafts.shape[1] - 1)", "small.cache.length"):
+        with pytest.raises(AssertionError, match="reads another text"):
+            check_rollback(plant(pass_sampler, ("small.cache.length = run.cache.length", f"small.cache.length = {wrong}")))
+
+
+def test_draft_model_must_share_the_vocabulary():
+    with pytest.raises(pass_sampler.InputError, match="vocabulary"):
+        generate(tiny(30), [[1]], "draft-model", draft_model=tiny(29))
+    with pytest.raises(pass_sampler.InputError, match="draft model"):
+        generate(tiny(30), [[1]], "draft-model")
+    with pytest.raises(pass_sampler.InputError, match="context of 8 tokens"):
+        generate(tiny(30), [[1]], "draft-model", max_new_tokens=9, draft_model=tiny(30, context=8))
+    with pytest.raises(pass_sampler.InputError, match="length of at least 1"):
+        generate(tiny(30), [[1]], "draft-model", max_new_tokens=9, draft_model=tiny(30), length=0)
