@@ -8,19 +8,23 @@ disturbs the machine meets all of it, and every ratio is taken within one prompt
 """
 import argparse
 import json
-import os
 import platform
 import statistics
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from model import DTYPES, Cache, InputError, Llama, device_named, load_tokenizer, run_script
-from pass_sampler import METHODS, Params, generate, load_draft_model, load_lookahead
+from model import DTYPES, Cache, InputError, Llama, check_writable, device_named, load_tokenizer, run_script, write_file
+from pass_sampler import METHODS, Params, generate, load_draft_model, load_lookahead, measure, run_columns
 from train_lookahead import read_data, windows
+
+
+def weights_read(model):
+    """The weights that a pass reads: all but the embedding, of which it looks up a few rows, unless that is the output too."""
+    return [p for name, p in model.named_parameters() if name != "embedding" or model.output is p]
 
 
 def machine(model):
@@ -31,21 +35,9 @@ def machine(model):
         name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists():
         name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
-    size = sum(p.numel() for p in model.parameters()) - (model.embedding.numel() if model.config.tied and
-                                                         model.output is not model.embedding else 0)
+    size = sum(p.numel() for p in weights_read(model)) + (0 if model.config.tied else model.embedding.numel())
     return (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {str(model.embedding.dtype)[6:]}, "
             f"{size / 1e6:.1f} M parameters")
-
-
-def measure(run, rounds):
-    """Median seconds of each of the functions {name: function}, interleaved; a first round warms up."""
-    times = {name: [] for name in run}
-    for _ in tqdm(range(rounds + 1), leave=False, disable=None):
-        for name, function in run.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------------- commands
@@ -54,23 +46,15 @@ def measure(run, rounds):
 def cost(args):
     """The paper's assumption, tested here: a pass is bound by memory traffic, so a few columns more are nearly free."""
     model = load_model(args)
-    device, columns = model.embedding.device, [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    columns = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
     contexts = [n for n in (128, 2048) if n + 64 <= model.config.context] or [1]
-    big = torch.zeros(64 * 2 ** 20, device=device)
-
-    def wait(tensor):
-        return tensor.flatten()[0].item()  # waits for a GPU
-
-    def a_pass(T, context, cache={}):
-        if context not in cache:
-            cache[context] = Cache(model, 1, context + 64)
-            cache[context].commit(context)
-        tokens = torch.zeros(1, T, dtype=torch.long, device=device)
-        wait(model.logits(model(tokens, context + torch.arange(T, device=device)[None], cache[context])))
-
-    seconds = measure({(T, context): lambda T=T, context=context: a_pass(T, context) for context in contexts for T in columns} |
-                      {"sum": lambda: wait(big.sum())}, args.rounds)
-    size = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if n != "embedding" or model.output is p)
+    big = torch.zeros(64 * 2 ** 20, device=model.embedding.device)
+    caches = {context: Cache(model, 1, context + 64) for context in contexts}
+    for context, cache in caches.items():
+        cache.commit(context)
+    seconds = measure({(T, context): partial(run_columns, model, cache, T) for context, cache in caches.items() for T in columns} |
+                      {"sum": lambda: big.sum().item()}, tqdm(range(args.rounds + 1), leave=False, disable=None))
+    size = sum(p.numel() * p.element_size() for p in weights_read(model))
     read, reach = big.numel() * 4 / seconds["sum"] / 1e9, size / seconds[1, contexts[0]] / 1e9
     print(f"{machine(model)}\n\n| columns T | " + " | ".join(f"ms after {n} tokens | against one" for n in contexts) + " |")
     print("|---|" + "---|---|" * len(contexts))
@@ -169,16 +153,11 @@ def main():
     if args.command == "speed" and min(args.prompts, args.prompt_tokens, args.new_tokens - 1, args.length) < 1 or \
             args.command == "cost" and args.rounds < 1:
         raise InputError("numbers of prompts, tokens, drafts and rounds must be at least 1, that of new tokens 2")
-    if args.json and not os.access(args.json.parent, os.W_OK):
-        raise InputError(f"cannot write {args.json}: its folder must exist and be writable")
+    if args.json:
+        check_writable(args.json)
     result = args.function(args)
     if args.json:
-        temporary = args.json.with_name(args.json.name + ".tmp")
-        try:
-            temporary.write_text(json.dumps(result, indent=1))
-            temporary.replace(args.json)
-        except OSError as error:
-            raise InputError(f"cannot write {args.json}: {error}") from None
+        write_file(args.json, lambda temporary: temporary.write_text(json.dumps(result, indent=1)))
 
 
 if __name__ == "__main__":

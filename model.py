@@ -460,15 +460,27 @@ def read_json(path):
         raise InputError(f"cannot read {path}: {error}") from None
 
 
-def write_tensors(tensors, path, metadata=None):
-    """Save as safetensors by way of a temporary name: whoever looks, and whenever we are killed, finds the old file or the new."""
+def check_writable(path):
+    """Raise InputError where a file could not be written later, when the work for it has been done."""
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise InputError(f"cannot write {path}: its folder must exist and be writable, and it must not be a folder itself")
+
+
+def write_file(path, save):
+    """save(path), but by way of a temporary name: whoever looks, and whenever we are killed, finds the old file or the new."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
+        save(temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error}") from None
+
+
+def write_tensors(tensors, path, metadata=None):
+    """Save as safetensors, through `write_file`."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    write_file(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def open_tensors(path):

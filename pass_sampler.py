@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -196,7 +196,6 @@ class Run:
         self.lookahead, self.embeddings = lookahead, lookahead.embeddings.expand(len(prompts), -1, -1)
         self.device, self.tree, self.draft_model = model.embedding.device, tree, draft_model
         self.draft_params, self.length = draft_params or params, length
-        self.max_new_tokens = max_new_tokens
         self.budget = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
         self.limit = ["length" if max_new_tokens <= context - len(prompt) else "context" for prompt in prompts]
         self.cache = Cache(model, len(prompts), min(longest + max_new_tokens, context) +
@@ -459,27 +458,41 @@ def fused(run):
         h, logits = h[rows[:, None], group], logits[rows[:, None], group]
 
 
+def measure(run, rounds):
+    """Median seconds of each of the functions {name: function}, interleaved. rounds: an iterable, whose first round warms up."""
+    times = {name: [] for name in run}
+    for _ in rounds:
+        for name, function in run.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
+def run_columns(model, cache, T):
+    """A pass of T columns, of any tokens, after what the cache has committed. Returns h (B,T,D) and logits (B,T,V)."""
+    tokens = torch.zeros(len(cache.length), T, dtype=torch.long, device=cache.length.device)
+    h = model(tokens, cache.length[:, None] + torch.arange(T, device=tokens.device), cache)
+    logits = model.logits(h)
+    logits[0, 0, 0].item()  # waits for a GPU
+    return h, logits
+
+
 @lru_cache(4)
 def step_seconds(model, lookahead, rows):
     """({T: seconds of a pass of T columns}, seconds of drafting and judging for each depth of a tree) on this machine. Takes a
     second, once for a model, look-ahead and number of rows."""
-    cache, times, drafting = Cache(model, rows, 160), {T: [] for T in (1, 4, 8, 16, 32)}, []
+    cache, run = Cache(model, rows, 160), Run(model, [[0]] * rows, Params(1), lookahead, tree=Tree(["0"], model.embedding.device))
     cache.commit(128)
-    run = Run(model, [[0]] * rows, Params(1), lookahead, tree=Tree(["0"], model.embedding.device))
-    for _ in range(6):
-        for T in times:
-            tokens = torch.full((rows, T), 128, device=run.device)  # and positions
-            start = time.perf_counter()
-            h = model(tokens % model.config.vocab_size, tokens, cache)
-            logits = model.logits(h)
-            logits.sum().item()  # .item() waits for a GPU
-            times[T].append(time.perf_counter() - start)
-        start = time.perf_counter()  # right after a pass: the head's weights are as far away as they will be
-        tokens, q = draft_tree(run, run.tree, h[:, :1], logits[:, :1], tokens[:, 0] % model.config.vocab_size)
-        verify_tree(run.tree.parent, run.probs(logits[:, :2]), q, tokens, run.uniform(2))[1].tolist()
-        drafting.append(time.perf_counter() - start)
-    # The first round warms up.
-    return {T: statistics.median(seconds[1:]) for T, seconds in times.items()}, statistics.median(drafting[1:])
+    h, logits = run_columns(model, cache, 2)
+
+    def draft_and_judge():
+        tokens, q = draft_tree(run, run.tree, h, logits, torch.zeros_like(cache.length))
+        verify_tree(run.tree.parent, run.probs(logits), q, tokens, run.uniform(2))[1].tolist()
+    # Drafting comes right after a pass: the head's weights are then as far away as they will be.
+    seconds = measure({T: partial(run_columns, model, cache, T) for T in (1, 4, 8, 16, 32)} | {"drafting": draft_and_judge}, range(6))
+    drafting = seconds.pop("drafting")
+    return seconds, drafting
 
 
 def choose_tree(by_rank, seconds, drafting):
@@ -532,7 +545,7 @@ def parse_tree(text, model, rows, lookahead, temperature):
 
 def draft_model(run):
     """Speculative sampling as Leviathan et al. and Chen et al. published it: a second, smaller model drafts, one pass a draft."""
-    small = Run(run.draft_model, run.prompts, run.draft_params, max_new_tokens=run.max_new_tokens, length=run.length)
+    small = Run(run.draft_model, run.prompts, run.draft_params, max_new_tokens=max(run.budget), length=run.length)
     prefill(small)
     x = draw(run.probs(run.model.logits(prefill(run)[:, 0])), run.uniform(1)[:, 0])
     alive = run.emit(x)

@@ -28,7 +28,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import DTYPES, Cache, InputError, Llama, device_named, load_tokenizer, open_tensors, run_script, write_tensors
+from model import (DTYPES, Cache, InputError, Llama, check_writable, device_named, load_tokenizer, open_tensors, run_script,
+                   write_tensors)
 from pass_sampler import Lookahead, Params, fingerprint, generate, load_lookahead, probs, residual, without_replacement
 
 TEXT, BATCH, GROUPS, STEPS = 128, 8, 4, 16  # tokens a text, texts a step, groups a text and step, steps for which texts serve
@@ -318,8 +319,8 @@ def main():
         raise InputError("--steps and --minutes must be positive")
     if (args.out is None) == (args.evaluate is None):
         raise InputError("give --out FILE to train, or --evaluate FILE to measure")
-    if args.out and (not args.out.parent.is_dir() or not os.access(args.out.parent, os.W_OK) or args.out.is_dir()):
-        raise InputError(f"cannot write {args.out}: its folder must exist and be writable, and it must not be a folder itself")
+    if args.out:
+        check_writable(args.out)
     if dist.is_torchelastic_launched():
         if not args.steps:
             raise InputError("under torchrun give --steps: processes that stop by the clock would not stop together")

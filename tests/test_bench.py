@@ -7,14 +7,6 @@ import bench
 from common import run_main
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for i in range(3):
-        (folder / f"{i}.txt").write_text("".join(f"{j % 7} little lines of {i}\n" for j in range(60)))
-    return folder
-
-
 def test_cost(folder, tmp_path, capsys):
     code, out, err = run_main(bench, capsys, "cost", "--model", folder, "--rounds", 1, "--json", tmp_path / "cost.json")
     assert code == 0 and "| 64 |" in out and "GB/s" in out, err
