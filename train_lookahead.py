@@ -34,7 +34,6 @@ from pass_sampler import Lookahead, Params, fingerprint, generate, load_lookahea
 
 TEXT, BATCH, GROUPS, STEPS = 128, 8, 4, 16  # tokens a text, texts a step, groups a text and step, steps for which texts serve
 RATES = {"embeddings": 0.02, "memory": 0.02, "head_in": 0.003, "head_out": 0.003}
-OWN = 1024  # texts of --from-model
 TEMPERATURES = (0.0, 0.6, 1.0)
 CHECKPOINT_SECONDS, EVALUATION_SECONDS = 60, 300
 
@@ -212,7 +211,7 @@ def initial(model, tokens, length, memory, rank, seed):
     if memory:
         cache = Cache(model, 1, memory)
         model(windows(tokens, 1, memory, generator).to(mean.device), torch.zeros(1, memory, device=mean.device), cache)
-        parts["memory"] = cache.kv[:, :, 0].float().contiguous()
+        parts["memory"] = cache.kv[:, 0].unflatten(2, (2, c.n_kv_heads)).transpose(1, 2).float().contiguous()
     if rank:
         parts["head_in"] = torch.randn(rank, 2 * c.dim, generator=generator).to(mean.device) / math.sqrt(2 * c.dim)
         parts["head_out"] = torch.zeros(c.dim, rank, device=mean.device)
@@ -296,6 +295,7 @@ def main():
     add("--suffix", default="", help="of the files in folders, such as .py (default: all)")
     add("--from-model", type=float, nargs="+", metavar="TEMPERATURE", help="train on texts that the model writes after prompts from "
         "the data, in equal parts at these temperatures")
+    add("--texts", type=int, default=1024, help="how many texts --from-model writes (default: %(default)s)")
     add("--length", type=int, default=4, help="look-ahead tokens L (default: %(default)s)")
     add("--memory", type=int, default=0, help="memory slots R (default: %(default)s)")
     add("--head", type=int, default=0, help="rank of the draft head (default: %(default)s, no head)")
@@ -315,6 +315,8 @@ def main():
         raise InputError(f"--length must be 1 to 64, --memory 0 to {TEXT}, --head not negative")
     for temperature in args.from_model or ():
         Params(temperature)
+    if args.texts < len(args.from_model or [0]):
+        raise InputError(f"--texts must be at least one a temperature, not {args.texts}")
     if not 0 < args.minutes < math.inf or args.steps is not None and args.steps < 1:
         raise InputError("--steps and --minutes must be positive")
     if (args.out is None) == (args.evaluate is None):
@@ -345,12 +347,12 @@ def main():
                     print(f"| {Path(spec).stem} | {'any' if lookahead.memory is None else position + 100} |{row}", flush=True)
         return
     settings = {"model": fingerprint(model.config), "data": " ".join(path.name for path in args.data)}
-    settings |= {k: str(getattr(args, k)) for k in ("suffix", "from_model", "length", "memory", "head", "objective", "seed",
-                                                    "dtype")}
+    settings |= {k: str(getattr(args, k)) for k in ("suffix", "from_model", "texts", "length", "memory", "head", "objective",
+                                                    "seed", "dtype")}
     settings |= {"sizes": str((TEXT, BATCH, GROUPS, STEPS)), "rates": str(RATES)}
     settings |= {"steps": str(args.steps)} if args.steps else {"minutes": str(args.minutes)}
     if args.from_model is not None:
-        pool = torch.cat([own_texts(model, pool, OWN // len(args.from_model), t, args.seed + i, length=TEXT)
+        pool = torch.cat([own_texts(model, pool, args.texts // len(args.from_model), t, args.seed + i, length=TEXT)
                           for i, t in enumerate(args.from_model, 1)])
     train(args, model, pool, held, settings)
     if dist.is_initialized():

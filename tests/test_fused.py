@@ -146,7 +146,7 @@ BUGS = {
     "q not renormalised without the siblings": [("return tokens, torch.where(total > 0, left / total, 0)", "return tokens, left")],
     "a sibling visible to a draft": [("[[a.startswith(b) for b in nodes] for a in nodes]",
                                       "[[a.startswith(b) or len(a) == len(b) and b < a for b in nodes] for a in nodes]")],
-    "the accepted path not moved down": [("run.commit(1 + accepted, path)", "run.commit(1 + accepted)")],
+    "the accepted path not moved down": [("None if tree.chain else path", "None")],
     "positions by column in place of depth": [("self.offset = torch.cat([self.depths,", "self.offset = torch.cat([torch.arange(n),")],
     "drafts judged by the draft's temperature": [("run.probs(logits[:, :n])", "probs(logits[:, :n], run.draft_params)")],
     "q of another node": [("q[:, i].scatter_(1, ids, left[:, parent, k])", "q[:, i].scatter_(1, ids, left[:, 0, k])")],

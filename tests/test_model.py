@@ -6,9 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import model as model_module
 from common import FIXTURE, tiny, whole
-from model import DTYPES, Cache, Config, InputError, Llama, load_tokenizer
+from model import DTYPES, Cache, Config, InputError, Llama, load_tokenizer, packs
 from pass_sampler import Lookahead, Params, generate
 
 
@@ -22,18 +21,30 @@ def test_equals_transformers(name):
     assert model.config.stop_tokens == (2, 3)
 
 
-def test_packed_weights_are_the_same_weights(monkeypatch):
-    """bfloat16 on a CPU runs with rearranged weights (model.pack): here in panels of 16, since the fixture is small."""
+@pytest.mark.skipif(not packs("cpu"), reason="no FBGEMM here")
+def test_float16_weights_compute_in_float32():
+    """On an x86 CPU float16 is model.pack: only the weights are rounded, so float32 with rounded weights gives the same."""
     tokens = torch.arange(20).view(2, 10)
     run = lambda model: model.logits(model(tokens, torch.arange(10).expand(2, 10), Cache(model, 2, 10)))
-    plain = run(Llama.load(FIXTURE / "untied", torch.bfloat16, packed=False))
-    monkeypatch.setattr(model_module, "PANEL", 16)
-    packed = Llama.load(FIXTURE / "untied", torch.bfloat16)
-    assert packed.output.shape == (4, 32, 16) and packed.layers[0].gate_up.shape == (6, 32, 16)
-    torch.testing.assert_close(run(packed), plain, atol=0.1, rtol=0)
+    packed, plain = Llama.load(FIXTURE / "untied", torch.float16), Llama.load(FIXTURE / "untied", torch.float32)
+    for name, weight in plain.named_parameters():
+        if weight.ndim == 2 and name != "embedding":
+            weight.copy_(weight.half())
+    assert run(packed).dtype == torch.float32 and packed.precision == "float16 weights, float32 arithmetic"
+    torch.testing.assert_close(run(packed), run(plain), atol=1e-5, rtol=1e-5)
     for n in (1, 2, 3, 4):  # at the end of a budget there may be no drafts at all
         result = generate(packed, [[5, 6]], "pass", Lookahead(packed.embedding[:3]), Params(0), n)
-        assert len(result["tokens"][0]) == n
+        assert result["tokens"] == generate(packed, [[5, 6]], "autoregressive", None, Params(0), n)["tokens"]
+
+
+def test_a_half_precision_checkpoint_runs_as_fast_as_the_machine_can(tmp_path):
+    """By default: float16 weights where `pack` can, else the checkpoint's own type; never so where the weights are to be read."""
+    shutil.copytree(FIXTURE / "plain", tmp_path / "half")
+    config = json.loads((FIXTURE / "plain" / "config.json").read_text())
+    (tmp_path / "half" / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    assert Llama.load(tmp_path / "half").precision.split()[0] == ("float16" if packs("cpu") else "bfloat16")
+    assert Llama.load(tmp_path / "half", packed=False).precision == Llama.load(tmp_path / "half", torch.bfloat16).precision == "bfloat16"
+    assert Llama.load(FIXTURE / "plain").precision == "float32"
 
 
 def test_loads_shards_and_dtypes(tmp_path):

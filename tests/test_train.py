@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import pass_sampler
 import train_lookahead
 from common import ROOT, plant, run_main, tiny
-from model import Llama, attention, load_tokenizer
+from model import Cache, Llama, attention, load_tokenizer
 from pass_sampler import Lookahead, Params
 from test_samplers import random_lookahead
 
@@ -178,6 +178,18 @@ def test_texts_are_read_anew_and_places_used_once(folder, data, tmp_path, capsys
         assert len(set(row)) == 3 * train_lookahead.GROUPS and 1 <= min(row) <= max(row) <= train_lookahead.TEXT - 1 - 2
 
 
+def test_trains_on_texts_that_the_model_writes(folder, data, tmp_path, capsys, monkeypatch):
+    """As many as were asked for, in equal parts by temperature; the greedy ones are the model's own continuation of their prompts."""
+    written = []
+    monkeypatch.setattr(train_lookahead, "train", lambda args, model, pool, held, settings: written.append((model, pool)))
+    assert train(capsys, *arguments(folder, data, tmp_path / "out", "--from-model", 0, 1, "--texts", 6))[0] == 0
+    (model, pool), = written
+    assert pool.shape == (6, train_lookahead.TEXT) and model.config.stop_tokens == (2,)
+    h = model(pool[:, :-1], torch.arange(train_lookahead.TEXT - 1).expand(6, -1), Cache(model, 6, train_lookahead.TEXT))
+    best = (model.logits(h).argmax(-1) == pool[:, 1:])[:, 47:].float().mean(1)
+    assert (best[:3] > 0.95).all() and (best[3:] < 0.95).all()
+
+
 def test_two_processes_end_where_one_does(folder, data, tmp_path, capsys):
     for name, more in (("one", []), ("other", ["--seed", 1])):
         assert train(capsys, *arguments(folder, data, tmp_path / name, "--steps", 4), *more)[0] == 0
@@ -193,7 +205,7 @@ def test_two_processes_end_where_one_does(folder, data, tmp_path, capsys):
     (["--length", "0"], "must be 1 to 64"), (["--steps", "0"], "must be positive"), (["--data", "nowhere"], "nowhere does not exist"),
     (["--memory", "9999"], "--memory 0 to"), (["--minutes", "nan"], "must be positive"),
     (["--suffix", ".rs"], "0 files"), (["--out", "/nowhere/file"], "its folder must exist"), (["--evaluate", "nowhere"], "or --evaluate"),
-    (["--from-model", "0.6", "-1"], "temperature must be"),
+    (["--from-model", "0.6", "-1"], "temperature must be"), (["--from-model", "0", "1", "--texts", "1"], "at least one a temperature"),
 ])
 def test_bad_input(change, says, folder, data, tmp_path, capsys):
     code, out, err = train(capsys, *arguments(folder, data, tmp_path / "out"), *change)

@@ -1,0 +1,154 @@
+"""demo/: the model that ships with the repository, and the code that made it."""
+import json
+import sys
+from argparse import Namespace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common import ROOT, tiny
+from model import Cache, Config, Llama, load_tokenizer, packs
+from pass_sampler import Params, generate, load_lookahead
+
+sys.path.insert(0, str(ROOT / "demo"))
+import pretrain  # noqa: E402
+
+DEMO = ROOT / "demo" / "model"
+
+
+# ------------------------------------------------------------------------------------------------------------- the shipped model
+
+@cache
+def demo():
+    """The shipped model, its tokenizer and its look-ahead. Arithmetic is float32, as in `make demo` on an x86 CPU."""
+    model = Llama.load(DEMO, torch.float16 if packs("cpu") else torch.float32)
+    tokenizer = load_tokenizer(DEMO, model.config.vocab_size)
+    return model, tokenizer, load_lookahead(DEMO / "lookahead.safetensors", model, tokenizer, [1])
+
+
+@cache
+def held_out_files():
+    """What the model has not seen of this Python's standard library, normalised."""
+    texts = [pretrain.normal(source.decode(errors="replace")) for _, name, source in pretrain.modules(Path("no wheels"))
+             if pretrain.is_held(name)]
+    return [text for text in texts if text]
+
+
+def prompts(n, length=48):
+    """n prompts from the middle of held-out files."""
+    ids = [demo()[1].encode(text) for text in held_out_files()]
+    ids = [i for i in ids if len(i) > 3 * length][:n]
+    return [i[len(i) // 2:][:length] for i in ids]
+
+
+def test_config_and_size():
+    """It is what demo/pretrain.py makes, and small enough to lie in a repository."""
+    assert json.loads((DEMO / "config.json").read_text()) == pretrain.CONFIG
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 30e6
+    model = Llama(Config.load(DEMO), device="meta")
+    assert 10e6 < sum(p.numel() for p in model.parameters()) < 14e6
+
+
+def test_tokenizer_keeps_every_byte_of_held_out_files():
+    _, tokenizer, _ = demo()
+    assert len(held_out_files()) > 20
+    for text in [*held_out_files(), "\ttabs\r\n  and   spaces  \n\n", "naïve 日本語 🙂 \x00", " leading"]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    stream, pieces = tokenizer.stream(), tokenizer.encode("🙂")[1:]
+    assert len(pieces) == 4 and [stream(piece) for piece in pieces] == ["", "", "", "🙂"]  # whole, with its last byte
+    assert len(tokenizer.encode("1234567")) == 8  # <s>, and each digit by itself
+
+
+def test_model_knows_python():
+    """Held-out loss near that in demo/README.md, 1.66; one that only knows the frequencies of tokens would be at about 6."""
+    model, tokenizer, _ = demo()
+    tokens = torch.tensor([t for text in held_out_files()[:40] for t in tokenizer.encode(text)])
+    nats = pretrain.held_out(model, tokens, texts=4)
+    assert nats < 2
+
+
+@pytest.mark.parametrize("method, options", [("pass", {}), ("fused", {"tree": "0 1 00"})])
+def test_greedy_texts_are_the_same_over_long_texts(method, options):
+    """4 texts of 256 tokens, one by one and as a ragged batch, are those of autoregressive decoding."""
+    model, _, lookahead = demo()
+    texts = [p[:length] for p, length in zip(prompts(4), (48, 7, 30, 16))]
+    plain = [generate(model, [t], "autoregressive", None, Params(0), 256)["tokens"][0] for t in texts]
+    single = [generate(model, [t], method, lookahead, Params(0), 256, **options) for t in texts]
+    assert [r["tokens"][0] for r in single] == plain
+    assert generate(model, texts, method, lookahead, Params(0), 256, **options)["tokens"] == plain
+    assert sum(r["passes"] for r in single) < sum(map(len, plain))  # drafts were accepted
+    assert sum(map(len, plain)) > 600  # few ended early
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_acceptance_is_what_the_file_says(temperature):
+    """The sampler accepts the first draft about as often as train_lookahead.py measured.
+
+    24 texts of 96 tokens give 750 to 1,100 first drafts: standard error .018 if they were independent. The band is .1.
+    Planted: without its memory and head the same look-ahead falls out of the band.
+    """
+    model, _, lookahead = demo()
+    table = lookahead.acceptance[str(temperature)]["by_position"][0]
+    run = lambda la: generate(model, prompts(24), "pass", la, Params(temperature), 96)["accepted_by_position"][0]
+    assert abs(run(lookahead) - table) < 0.1
+    bare = type(lookahead)(lookahead.embeddings)
+    assert abs(run(bare) - table) > 0.1
+
+
+# --------------------------------------------------------------------------------------------------------------- how it was made
+
+def test_normal_form():
+    source = '"""Doc."""\nimport os  # a comment\n\nclass A:\n    "doc"\n\ndef f(x,\n      y = "b"):\n    """Doc."""\n    return {"a":x}\n'
+    text = pretrain.normal(source + "def g():\n    return 'some more text to make it long enough to be worth it'\n" * 4)
+    assert text.startswith("import os\n\nclass A:\n    pass\n\ndef f(x, y='b'):\n    return {'a': x}\n")
+    assert pretrain.normal(text) == text
+    assert pretrain.normal("def f(:") is None and pretrain.normal("x = 1\n") is None
+    assert pretrain.normal("# Automatically generated by a tool\n" + text) is None
+    assert pretrain.normal("X = 1234567\n" * 99) is None
+
+
+def test_gradients_are_those_of_autograd():
+    model = tiny(40, dtype=torch.float32, tied=True).requires_grad_()
+    rows = torch.randint(40, (3, 12), generator=torch.Generator().manual_seed(0))
+    loss = pretrain.loss_and_gradients(model, model.forward, rows, columns=7)
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    h = model(rows[:, :-1], torch.arange(11).expand(3, 11), Cache(model, 3, 11))
+    expected = F.cross_entropy(model.logits(h).flatten(0, 1), rows[:, 1:].flatten())
+    expected.backward()
+    assert abs(loss - expected.item()) < 1e-5
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_killed_and_resumed_ends_where_undisturbed(tmp_path, monkeypatch):
+    """Bit for bit; the texts get longer on the way."""
+    for name, value in dict(COLUMNS=128, CONTEXT=32, LENGTHS={16: 0.5, 32: 1}, CHECKPOINT_STEPS=2, EVALUATION_STEPS=3).items():
+        monkeypatch.setattr(pretrain, name, value)
+    tokens = torch.arange(2000) % 40
+    losses = pretrain.loss_and_gradients
+
+    def run(work, resume):
+        model = tiny(40, dtype=torch.bfloat16, tied=True).requires_grad_()
+        args = Namespace(steps=7, seed=0, resume=resume, compile=False, work=tmp_path / work)
+        args.work.mkdir(exist_ok=True)
+        return pretrain.train(model, tokens, {"held": tokens[:500]}, args, {}), dict(model.named_parameters())
+
+    curve, weights = run("whole", False)
+    assert [row[0] for row in curve] == [3, 6, 7] and curve[-1][1] < curve[0][1]  # it learns to count
+    calls = iter(range(99))
+
+    def killed(*words):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return losses(*words)
+    monkeypatch.setattr(pretrain, "loss_and_gradients", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", False)
+    monkeypatch.setattr(pretrain, "loss_and_gradients", losses)
+    resumed, again = run("parts", True)
+    assert resumed == curve and all(torch.equal(weights[name], again[name]) for name in weights)
+    assert pretrain.picture(curve).count("<polyline") == 2
