@@ -54,7 +54,7 @@ def cost(args):
         cache.commit(context)
     seconds = measure({(T, context): partial(run_columns, model, cache, T) for context, cache in caches.items() for T in columns} |
                       {"sum": lambda: big.sum().item()}, tqdm(range(args.rounds + 1), leave=False, disable=None))
-    size = parameters(model, read=True) * DTYPES[model.precision.split()[0]].itemsize
+    size = parameters(model, read=True) * model.dtype.itemsize
     read, reach = big.numel() * 4 / seconds["sum"] / 1e9, size / seconds[1, contexts[0]] / 1e9
     print(f"{machine(model)}\n\n| columns T | " + " | ".join(f"ms after {n} tokens | against one" for n in contexts) + " |")
     print("|---|" + "---|---|" * len(contexts))

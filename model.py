@@ -202,7 +202,7 @@ def pack(model):
     for module in (model, *model.layers):
         for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if weight.ndim == 2 and name != "embedding":
-                packed = Linear(*weight.shape[::-1], bias_=False, dtype=torch.float16)
+                packed = Linear(1, 1, bias_=False, dtype=torch.float16)  # its shape is that of the weight it is given
                 packed.set_weight_bias(weight.float(), None)
                 delattr(module, name)
                 setattr(module, name, packed.forward)
@@ -263,9 +263,15 @@ class Llama(nn.Module):
         self.frequency = F.pad(turned, (0, 0, 0, config.n_kv_heads)).to(device)  # (H+2K,E/2): values turn by nothing
 
     @property
+    def dtype(self):
+        """Type of the matrices; that of the arithmetic is the embedding's."""
+        return self.output.dtype if torch.is_tensor(self.output) else torch.float16
+
+    @property
     def precision(self):
-        """The type of the weights, in words; where `pack` changed it, that of the arithmetic too."""
-        return str(self.embedding.dtype)[6:] if torch.is_tensor(self.output) else "float16 weights, float32 arithmetic"
+        """Both types in words."""
+        weights, arithmetic = str(self.dtype)[6:], str(self.embedding.dtype)[6:]
+        return weights if weights == arithmetic else f"{weights} weights, {arithmetic} arithmetic"
 
     def embed(self, tokens):
         """(B,T) token ids -> (B,T,D)."""
@@ -330,8 +336,9 @@ class Llama(nn.Module):
     def load(cls, folder, dtype=None, device="cpu", packed=True):
         """Load a Hugging Face folder: config.json and model.safetensors, or its shards and their index.
 
-        dtype: a torch dtype to run in. packed: on an x86 CPU, float16 is what `pack` makes; training and saving want False.
-        None is the checkpoint's own, or float16 where that is packed and the checkpoint is no float32.
+        dtype: a torch dtype to run in; None is the checkpoint's own.
+        packed: on an x86 CPU, let `pack` make of float16, and of None for a half-precision checkpoint, what it can; training and
+        saving want False.
         Each tensor is copied from the mapped file straight to its place, so no second copy of the model is held.
         Raises InputError that names what is wrong.
         """

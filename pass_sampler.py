@@ -499,7 +499,7 @@ MARGIN = 1.15  # what a tree must promise over plain decoding: whole decodes of 
 
 
 def choose_tree(by_rank, seconds, drafting):
-    """The paths of the tree that gives the most tokens per unit of time; [] where plain decoding does.
+    """The paths of the tree that gives the most tokens per unit of time; [] where none promises MARGIN times plain decoding.
 
     by_rank [position][k]: the probability that one of the k+1 first candidates is accepted.  seconds, drafting: of `step_seconds`.
     A draft is worth the probability that it is accepted: the product, down its path, of what its rank adds. N drafts give
@@ -665,7 +665,7 @@ def load_lookahead(spec, model, tokenizer, prompt, length=None):
 
 def load_draft_model(folder, model, tokenizer):
     """A second Llama, in the model's dtype and on its device. Raises InputError where its tokens are not the same as the model's."""
-    small = Llama.load(folder, DTYPES[model.precision.split()[0]], model.embedding.device)
+    small = Llama.load(folder, model.dtype, model.embedding.device)
     if load_tokenizer(folder, small.config.vocab_size).pieces != tokenizer.pieces:
         raise InputError(f"the tokenizer of {folder} is not that of the model; a draft model must share the vocabulary")
     return small

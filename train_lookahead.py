@@ -41,10 +41,11 @@ CHECKPOINT_SECONDS, EVALUATION_SECONDS = 60, 300
 # ----------------------------------------------------------------------------------------------------------------- objective
 
 @torch.no_grad()
-def loss_and_gradient(model, h, target, tokens, objective, columns=192):
+def loss_and_gradient(model, h, target, tokens, objective, columns=192, to_output=None):
     """Loss, summed over columns, and its gradient with respect to h (N,D), the states from which the drafts' q come.
 
-    target (N,D): the model's own states at the same places, whence p.  tokens (N,): what the text has there.
+    target (N,D): the model's own states at the same places, whence p; not read for "ce".  tokens (N,): what the text has there.
+    to_output (V,D): the gradient with respect to the output matrix is added to it, where that is trained too (demo/pretrain.py).
     "ce" is the paper's: -log q(token).  "kl" distils the model: KL(p || q).  "tv" is the total variation 1 - sum_x min(p, q):
     the probability that the rejection rule rejects a draft from q, itself.
     The gradient with respect to the logits is written down, in pieces of some columns: V is large, and autograd would keep
@@ -67,7 +68,10 @@ def loss_and_gradient(model, h, target, tokens, objective, columns=192):
                 below = q * (q < p)  # only there does min(p, q) move with q, and dq_y / dlogit_x = q_y (1[x = y] - q_x)
                 total += len(q) - torch.minimum(p, q).sum()
                 g = q * below.sum(-1, keepdim=True) - below
-        gradient[part] = g.to(h.dtype) @ model.output
+        g = g.to(h.dtype)
+        gradient[part] = g @ model.output
+        if to_output is not None:
+            to_output += g.T @ h[part]
     return total, gradient
 
 
@@ -218,6 +222,15 @@ def initial(model, tokens, length, memory, rank, seed):
     return {name: part.requires_grad_() for name, part in parts.items()}
 
 
+def read_checkpoint(path, settings):
+    """The state, a dict, and the tensors, {name: tensor}, of a checkpoint. Raises InputError where its settings are others."""
+    with open_tensors(path) as file:
+        state = json.loads(file.metadata()["state"])
+        if state["settings"] != settings:
+            raise InputError(f"{path} was made with other settings: {state['settings']}")
+        return state, {name: file.get_tensor(name) for name in file.keys()}
+
+
 def train(args, model, pool, held, settings):
     """Train and write args.out. pool: tokens (N,) to cut texts from, or texts (N,T) of the model's own."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -227,15 +240,12 @@ def train(args, model, pool, held, settings):
     optimizer = torch.optim.Adam([{"params": [p], "lr": RATES[name], "rate": RATES[name]} for name, p in parts.items()])
     checkpoint, step, spent = args.out.with_name(args.out.name + ".checkpoint"), 0, 0.0
     if args.resume and checkpoint.exists():
-        with open_tensors(checkpoint) as file:
-            saved = json.loads(file.metadata()["state"])
-            if saved["settings"] != settings:
-                raise InputError(f"{checkpoint} was made with other settings: {saved['settings']}")
-            step, spent = saved["step"], saved["spent"]
-            for name, p in parts.items():
-                p.data.copy_(file.get_tensor(name))
-                optimizer.state[p] = {k: file.get_tensor(f"{name}.{k}").to("cpu" if k == "step" else p.device)
-                                      for k in ("step", "exp_avg", "exp_avg_sq")}
+        saved, tensors = read_checkpoint(checkpoint, settings)
+        step, spent = saved["step"], saved["spent"]
+        for name, p in parts.items():
+            p.data.copy_(tensors[name])
+            optimizer.state[p] = {k: tensors[f"{name}.{k}"].to("cpu" if k == "step" else p.device)
+                                  for k in ("step", "exp_avg", "exp_avg_sq")}
     texts = {t: own_texts(model, held, 32, t, args.seed) for t in TEMPERATURES} if rank == 0 else {}
 
     def save_state():

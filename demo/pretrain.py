@@ -16,7 +16,6 @@ import math
 import subprocess
 import sys
 import sysconfig
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -26,9 +25,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Cache, Config, InputError, Llama, check_writable, load_tokenizer, open_tensors, run_script, write_file,
-                   write_tensors)
-from train_lookahead import windows
+from model import Cache, Config, InputError, Llama, check_writable, load_tokenizer, run_script, write_file, write_tensors
+from train_lookahead import loss_and_gradient, read_checkpoint, windows
 
 # All under BSD, MIT, Apache 2.0 or (matplotlib) PSF-like licences.
 PACKAGES = """
@@ -143,23 +141,14 @@ def tokens_of(folder, tokenizer, pattern="*.py"):
 # ------------------------------------------------------------------------------------------------------------------ training
 
 def loss_and_gradients(model, forward, rows, columns=1024):
-    """Mean cross-entropy (nats) of rows (B,T+1), each token from those before it; adds its gradients to the model's.
-
-    forward: model.forward, or that compiled. The logits come in pieces and their gradient, softmax - one-hot, is written down: all
-    of them in float32 are several times the size of the other activations, and autograd would keep several copies.
-    """
+    """Mean cross-entropy (nats) of rows (B,T+1), each token from those before it; adds its gradients to the model's, whose output is
+    tied. forward: model.forward, or that compiled.  columns: as in `loss_and_gradient`."""
     x, y = rows[:, :-1], rows[:, 1:].flatten()
     h = forward(x, torch.arange(x.shape[1]).expand(x.shape), Cache(model, *x.shape)).flatten(0, 1)
-    total, to_h, to_output = 0.0, torch.empty_like(h), torch.zeros(model.output.shape)
-    with torch.no_grad():
-        for h_part, y_part, gradient in zip(h.split(columns), y.split(columns), to_h.split(columns)):
-            log_p = model.logits(h_part).float().log_softmax(-1)
-            total -= log_p.gather(1, y_part[:, None]).sum()
-            g = log_p.exp_().scatter_add_(1, y_part[:, None], -torch.ones(len(y_part), 1)).to(h.dtype)
-            gradient.copy_(g @ model.output)
-            to_output += g.T @ h_part
+    to_output = torch.zeros(model.output.shape)
+    total, to_h = loss_and_gradient(model, h.detach(), None, y, "ce", columns, to_output)
     h.backward(to_h / len(y))
-    model.output.grad += to_output.to(h.dtype) / len(y)  # the embedding's, which has its gradient from h by now: they are tied
+    model.output.grad += to_output.to(h.dtype) / len(y)  # the embedding's, which has its gradient from h by now
     return total.item() / len(y)
 
 
@@ -196,15 +185,11 @@ def train(model, tokens, held, args, settings):
             weight.data.copy_(master)
 
     if args.resume and checkpoint.exists():
-        with open_tensors(checkpoint) as file:
-            state = json.loads(file.metadata()["state"])
-            if state["settings"] != settings:
-                raise InputError(f"{checkpoint} was made with other settings: {state['settings']}")
-            for name, master in masters.items():
-                master.copy_(file.get_tensor(name))
-                moments(name).update({key.partition("/")[2]: file.get_tensor(key) for key in file.keys()
-                                      if key.startswith(name + "/")})
-            to_model()
+        state, tensors = read_checkpoint(checkpoint, settings)
+        for name, master in masters.items():
+            master.copy_(tensors[name])
+            moments(name).update({key.partition("/")[2]: t for key, t in tensors.items() if key.startswith(name + "/")})
+        to_model()
 
     forward = torch.compile(model.forward, dynamic=False) if args.compile else model.forward
     bar = tqdm(total=args.steps, initial=state["step"], smoothing=0.1, mininterval=1 if sys.stderr.isatty() else 60, unit="step")

@@ -37,6 +37,7 @@ def held_out_files():
     return [text for text in texts if text]
 
 
+@cache
 def prompts(n, length=48):
     """n prompts from the middle of held-out files."""
     ids = [demo()[1].encode(text) for text in held_out_files()]
