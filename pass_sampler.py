@@ -53,7 +53,8 @@ def probs(logits, params):
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if params.temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
+        best, token = logits.max(-1, keepdim=True)
+        return torch.zeros_like(logits).scatter_(-1, token, best - best + 1)  # NaN, as in softmax, where a logit is NaN or infinite
     logits = (logits - logits.amax(-1, keepdim=True)) / max(params.temperature, 1e-30)  # maximum 0: no overflow
     if 0 < params.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(params.top_k).values[..., -1:], -math.inf)
@@ -70,7 +71,8 @@ def probs(logits, params):
 def draw(p, u):
     """Inverse CDF: weights p (...,V), not necessarily normalised, and uniforms u (...) in [0, 1) -> tokens (...).
 
-    Takes the first token whose cumulative weight exceeds u times the total, so never one of weight 0.
+    Takes the first token whose cumulative weight exceeds u times the total, so never one of weight 0. V, which is no token, where a
+    weight is NaN.
     """
     cdf = p.double().cumsum(-1)
     return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True)[..., 0]
@@ -236,9 +238,11 @@ class Run:
         """Append to each living row its accepted drafts, drafts[:accepted] of (B,L), then `last` (B,), a token from the model.
 
         A row ends at a stop token wherever in the run it is, else at its budget of new tokens, else at the end of the context.
-        Returns False when every row has ended.
+        Returns False when every row has ended. Raises InputError where the model's logits were not finite.
         """
         last = last.tolist()
+        if max(last) >= self.model.config.vocab_size:  # what `draw` makes of NaN
+            raise InputError(f"the model's logits are not finite, in {self.model.precision}: try --dtype float32")
         drafts, accepted = (drafts.tolist(), accepted.tolist()) if drafts is not None else ([[]] * len(last), [0] * len(last))
         for row in (row for row, reason in enumerate(self.stop_reason) if reason is None):
             for i in range(len(drafts[row])):
@@ -490,7 +494,8 @@ def step_seconds(model, lookahead, rows):
         tokens, q = draft_tree(run, run.tree, h, logits, torch.zeros_like(cache.length))
         verify_tree(run.tree.parent, run.probs(logits), q, tokens, run.uniform(2))[1].tolist()
     # Drafting comes right after a pass: the head's weights are then as far away as they will be.
-    seconds = measure({T: partial(run_columns, model, cache, T) for T in (1, 4, 8, 16, 32)} | {"drafting": draft_and_judge}, range(6))
+    passes = {T: partial(run_columns, model, cache, T) for T in (1, 4, 8, 16, 32)}
+    seconds = measure(passes | {"drafting": draft_and_judge}, range(6))
     drafting = seconds.pop("drafting")
     return seconds, drafting
 
@@ -501,10 +506,10 @@ MARGIN = 1.15  # what a tree must promise over plain decoding: whole decodes of 
 def choose_tree(by_rank, seconds, drafting):
     """The paths of the tree that gives the most tokens per unit of time; [] where none promises MARGIN times plain decoding.
 
-    by_rank [position][k]: the probability that one of the k+1 first candidates is accepted.  seconds, drafting: of `step_seconds`.
+    by_rank: as that function gives it.  seconds, drafting: of `step_seconds`.
     A draft is worth the probability that it is accepted: the product, down its path, of what its rank adds. N drafts give
-    1 + the sum of their worths tokens a pass, for the time of (1+N)(1+depth) columns and of the drafting. For each depth, grow the tree by the draft
-    that is worth most as long as the cost of its columns was measured; keep the best tree on the way.
+    1 + the sum of their worths tokens a pass, for the time of (1+N)(1+depth) columns and of the drafting. For each depth, grow the
+    tree by the draft that is worth most as long as the cost of its columns was measured; keep the best tree on the way.
     """
     measured = sorted(seconds)
 
@@ -530,12 +535,18 @@ def choose_tree(by_rank, seconds, drafting):
     return best
 
 
+def by_rank(lookahead, temperature):
+    """[position][k]: the probability that one of the k+1 first candidates is accepted, from the look-ahead's file, at the nearest
+    temperature that was measured."""
+    nearest = min(lookahead.acceptance, key=lambda t: abs(float(t) - temperature), default=None)
+    table = lookahead.acceptance[nearest]["by_rank"] if nearest else [[0.2], [0.08]]  # untrained "mean", SmolLM2, greedy
+    return table[:len(lookahead.embeddings)]
+
+
 def parse_tree(text, model, rows, lookahead, temperature):
-    """"0 1 00 01", "chain:3" or "auto" -> a list of paths."""
+    """"0 1 00", "chain:3" or "auto" -> a list of paths."""
     if text == "auto":
-        nearest = min(lookahead.acceptance, key=lambda t: abs(float(t) - temperature), default=None)
-        by_rank = lookahead.acceptance[nearest]["by_rank"] if nearest else [[0.2], [0.08]]  # untrained "mean", SmolLM2, greedy
-        return choose_tree(by_rank[:len(lookahead.embeddings)], *step_seconds(model, lookahead, rows))
+        return choose_tree(by_rank(lookahead, temperature), *step_seconds(model, lookahead, rows))
     kind, _, n = text.partition(":")
     L, vocabulary = lookahead.embeddings.shape[0], model.config.vocab_size
     paths = ["0" * (i + 1) for i in range(min(int(n), L + 1))] if kind == "chain" and n.isdecimal() and len(n) < 9 else text.split()
@@ -645,7 +656,12 @@ def load_lookahead(spec, model, tokenizer, prompt, length=None):
         return Lookahead(model.embedding[tokenizer.unk].repeat(length or 4, 1))
     with open_tensors(spec) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        about = json.loads((file.metadata() or {}).get("lookahead", "{}"))
+        try:
+            about = json.loads((file.metadata() or {}).get("lookahead", "{}"))
+            acceptance = {str(float(t)): {"by_rank": [[float(share) for share in ranks] for ranks in row["by_rank"]], **row}
+                          for t, row in about.get("acceptance", {}).items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise InputError(f"{spec}: its metadata is damaged: {error!r}") from None
     if about.get("model", fingerprint(c)) != fingerprint(c):
         raise InputError(f"{spec} was trained for another model; train one for this model with train_lookahead.py")
     sizes = {name: tensor.shape[0] if tensor.ndim else 0 for name, tensor in tensors.items()}
@@ -660,11 +676,11 @@ def load_lookahead(spec, model, tokenizer, prompt, length=None):
                              f"{tuple(tensor.shape)}: damaged, or trained for another model?")
     if length is not None and length > len(tensors["embeddings"]):
         raise InputError(f"{spec} has {len(tensors['embeddings'])} look-ahead tokens, fewer than --length {length}")
-    return Lookahead(tensors.pop("embeddings")[:length], **tensors, acceptance=about.get("acceptance", {}))
+    return Lookahead(tensors.pop("embeddings")[:length], **tensors, acceptance=acceptance)
 
 
 def load_draft_model(folder, model, tokenizer):
-    """A second Llama, in the model's dtype and on its device. Raises InputError where its tokens are not the same as the model's."""
+    """A second Llama, in the model's dtype and on its device. Raises InputError where its tokens are not those of the model."""
     small = Llama.load(folder, model.dtype, model.embedding.device)
     if load_tokenizer(folder, small.config.vocab_size).pieces != tokenizer.pieces:
         raise InputError(f"the tokenizer of {folder} is not that of the model; a draft model must share the vocabulary")
@@ -720,7 +736,7 @@ def main():
     add("--method", choices=METHODS, default="pass", help="default: %(default)s")
     add("--lookahead", default="mean", metavar="FILE|unk|mean", help="trained file, or untrained baseline (default: %(default)s)")
     add("--length", type=int, help="look-ahead tokens L, or drafts of the draft model (default: all of the file, or 4)")
-    add("--tree", default="auto", help="of fused: paths of ranks such as \"0 1 00\", or chain:N, or auto, the fastest here (default)")
+    add("--tree", default="auto", help="of fused: paths of ranks such as \"0 1 00\", or chain:N, or auto, the fastest (default)")
     add("--draft-model", type=Path, metavar="DIR", help="folder of the model that drafts for --method draft-model")
     add("--draft-temperature", type=float, help="of the drafts of fused and draft-model (default: as --temperature)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")

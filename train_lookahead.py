@@ -33,6 +33,7 @@ from model import (DTYPES, Cache, InputError, Llama, check_writable, device_name
 from pass_sampler import Lookahead, Params, fingerprint, generate, load_lookahead, probs, residual, without_replacement
 
 TEXT, BATCH, GROUPS, STEPS = 128, 8, 4, 16  # tokens a text, texts a step, groups a text and step, steps for which texts serve
+PROMPT, WRITTEN = 48, 128  # tokens after which the model writes a text, texts that it writes at once
 RATES = {"embeddings": 0.02, "memory": 0.02, "head_in": 0.003, "head_out": 0.003}
 TEMPERATURES = (0.0, 0.6, 1.0)
 CHECKPOINT_SECONDS, EVALUATION_SECONDS = 60, 300
@@ -118,23 +119,28 @@ def backward(model, parts, objective, *batch):
 
 # ---------------------------------------------------------------------------------------------------------------------- data
 
-def read_data(tokenizer, paths, suffix):
-    """Tokens of all files below `paths`, (N,) for training and (N,) held out. Files are held out whole: the tenth whose names
-    hash lowest."""
+def split_files(paths, suffix):
+    """All files below `paths` with that suffix: (for training, held out). The tenth whose names hash lowest is held out."""
     for path in paths:
         if not path.exists():
             raise InputError(f"--data {path} does not exist")
     files = sorted({f for path in paths for f in (path.rglob(f"*{suffix}") if path.is_dir() else [path]) if f.is_file()})
-    ordered = sorted(files, key=lambda f: hashlib.sha256(f.name.encode()).digest())
-    held = set(ordered[:max(1, len(files) // 10)])
     if len(files) < 2:
         raise InputError(f"--data has {len(files)} files with suffix {suffix!r}; at least 2 are needed, as one is held out")
+    ordered = sorted(files, key=lambda f: hashlib.sha256(f.name.encode()).digest())
+    held = set(ordered[:max(1, len(files) // 10)])
+    return [f for f in files if f not in held], [f for f in files if f in held]
+
+
+def read_data(tokenizer, paths, suffix):
+    """Tokens of all files below `paths`, (N,) for training and (N,) held out. Files are held out whole."""
     tokens = ([], [])
-    for file in tqdm(files, "reading", leave=False, disable=None):
-        try:
-            tokens[file in held].extend(tokenizer.encode(file.read_bytes().decode(errors="replace")))
-        except OSError as error:
-            raise InputError(f"cannot read {file}: {error}") from None
+    for part, files in zip(tokens, split_files(paths, suffix)):
+        for file in tqdm(files, "reading", leave=False, disable=None):
+            try:
+                part.extend(tokenizer.encode(file.read_bytes().decode(errors="replace")))
+            except OSError as error:
+                raise InputError(f"cannot read {file}: {error}") from None
     if min(map(len, tokens)) <= TEXT:
         raise InputError(f"--data has {len(tokens[0])} tokens and {len(tokens[1])} held out; more than {TEXT} of both are needed")
     return [torch.tensor(t) for t in tokens]
@@ -145,16 +151,20 @@ def windows(tokens, n, length, generator):
     return tokens[torch.randint(len(tokens) - length, (n, 1), generator=generator) + torch.arange(length)]
 
 
-def own_texts(model, tokens, n, temperature, seed, prompt=48, length=160):
-    """n texts that the model itself writes after prompts from `tokens`: (n, length), the first `prompt` of each given."""
+def some_prompts(tokens, n, seed):
+    return windows(tokens, n, PROMPT, torch.Generator().manual_seed(seed))
+
+
+def own_texts(model, prompts, temperature, seed, length=160):
+    """What the model itself writes after prompts (n,T): texts (n, length), the prompt included."""
     config, model.config = model.config, replace(model.config, stop_tokens=())
-    prompts = windows(tokens, n, prompt, torch.Generator().manual_seed(seed)).tolist()
     texts = []
-    for i in tqdm(range(0, n, 32), f"writing at {temperature}", leave=False, disable=None):
-        texts += generate(model, prompts[i:i + 32], "autoregressive", None, Params(temperature), length - prompt,
-                          seed + i)["tokens"]
+    for i in tqdm(range(0, len(prompts), WRITTEN), f"writing at {temperature}", leave=False, disable=None):
+        rows = prompts[i:i + WRITTEN].tolist()
+        texts += [p + t for p, t in zip(rows, generate(model, rows, "autoregressive", None, Params(temperature), length -
+                                                       prompts.shape[1], seed + i)["tokens"])]
     model.config = config
-    return torch.tensor([p + t for p, t in zip(prompts, texts)])
+    return torch.tensor(texts)
 
 
 # ---------------------------------------------------------------------------------------------------------------- evaluation
@@ -174,7 +184,7 @@ def evaluate(model, lookahead, texts, position=0, ranks=5):
         accept, cover, chain = [], [], []
         for rows in text.split(8):
             rows = rows.to(model.embedding.device)
-            places = torch.arange(48, rows.shape[1] - L, 6, device=rows.device).expand(len(rows), -1)
+            places = torch.arange(PROMPT, rows.shape[1] - L, 6, device=rows.device).expand(len(rows), -1)
             offset = torch.full((len(rows),), position, device=rows.device)
             h, target, tokens = states(model, lookahead, rows, places, offset, *prefix(model, rows, offset, places.shape[1] * L))
             for hs, ts, x in zip(h.split(32 * L), target.split(32 * L), tokens.split(32 * L)):
@@ -225,7 +235,10 @@ def initial(model, tokens, length, memory, rank, seed):
 def read_checkpoint(path, settings):
     """The state, a dict, and the tensors, {name: tensor}, of a checkpoint. Raises InputError where its settings are others."""
     with open_tensors(path) as file:
-        state = json.loads(file.metadata()["state"])
+        try:
+            state = json.loads(file.metadata()["state"])
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{path} is no checkpoint, or damaged: remove it to begin anew") from None
         if state["settings"] != settings:
             raise InputError(f"{path} was made with other settings: {state['settings']}")
         return state, {name: file.get_tensor(name) for name in file.keys()}
@@ -246,7 +259,7 @@ def train(args, model, pool, held, settings):
             p.data.copy_(tensors[name])
             optimizer.state[p] = {k: tensors[f"{name}.{k}"].to("cpu" if k == "step" else p.device)
                                   for k in ("step", "exp_avg", "exp_avg_sq")}
-    texts = {t: own_texts(model, held, 32, t, args.seed) for t in TEMPERATURES} if rank == 0 else {}
+    texts = {t: own_texts(model, some_prompts(held, 32, args.seed), t, args.seed) for t in TEMPERATURES} if rank == 0 else {}
 
     def save_state():
         state = {f"{name}.{k}": v for name, p in parts.items() for k, v in optimizer.state[p].items()}
@@ -303,8 +316,8 @@ def main():
     add("--model", type=Path, required=True, help="folder of the frozen model")
     add("--data", type=Path, nargs="+", required=True, help="text files, and folders to search for them")
     add("--suffix", default="", help="of the files in folders, such as .py (default: all)")
-    add("--from-model", type=float, nargs="+", metavar="TEMPERATURE", help="train on texts that the model writes after prompts from "
-        "the data, in equal parts at these temperatures")
+    add("--from-model", type=float, nargs="+", metavar="TEMPERATURE",
+        help="train on texts that the model writes after prompts from the data, in equal parts at these temperatures")
     add("--texts", type=int, default=1024, help="how many texts --from-model writes (default: %(default)s)")
     add("--length", type=int, default=4, help="look-ahead tokens L (default: %(default)s)")
     add("--memory", type=int, default=0, help="memory slots R (default: %(default)s)")
@@ -346,7 +359,7 @@ def main():
     pool, held = read_data(tokenizer, args.data, args.suffix)
     if args.evaluate:
         lookaheads = {spec: load_lookahead(spec, model, tokenizer, held[:TEXT].tolist()) for spec in args.evaluate}
-        texts = {t: own_texts(model, held, 32, t, args.seed) for t in TEMPERATURES}
+        texts = {t: own_texts(model, some_prompts(held, 32, args.seed), t, args.seed) for t in TEMPERATURES}
         print("| look-ahead | near position | " + " | ".join(f"accepted at t = {t:g} | expected" for t in TEMPERATURES) + " |")
         print("|---|---|" + "---|---|" * len(TEMPERATURES))
         for spec, lookahead in lookaheads.items():
@@ -362,7 +375,8 @@ def main():
     settings |= {"sizes": str((TEXT, BATCH, GROUPS, STEPS)), "rates": str(RATES)}
     settings |= {"steps": str(args.steps)} if args.steps else {"minutes": str(args.minutes)}
     if args.from_model is not None:
-        pool = torch.cat([own_texts(model, pool, args.texts // len(args.from_model), t, args.seed + i, length=TEXT)
+        n = args.texts // len(args.from_model)
+        pool = torch.cat([own_texts(model, some_prompts(pool, n, args.seed + i), t, args.seed + i, TEXT)
                           for i, t in enumerate(args.from_model, 1)])
     train(args, model, pool, held, settings)
     if dist.is_initialized():

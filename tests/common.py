@@ -1,55 +1,43 @@
 """What the tests share: tiny models, the exact distribution that a sampler must follow, chi-square, and planted bugs."""
 import io
 import json
-import math
 import sys
 import types
+from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 
+import naive
 import torch
 from safetensors.torch import save_file
 
-from model import Cache, Config, Llama, run_script
+import model
+import pass_sampler
+import train_lookahead
+from model import Cache, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURE = Path(__file__).parent / "fixture"
-ALPHA = 1e-6  # significance of every statistical test: all of them together raise a false alarm less than once in 5,000 seeds
+ALPHA = 1e-6  # significance of every statistical test: 36 p-values, so a false alarm in fewer than one of 25,000 suites with fresh seeds
 
 
-def tiny(vocab=4, seed=0, dtype=torch.float64, context=64, stop=(), **changes):
-    """A random LLaMA with grouped heads, small enough to enumerate what it may say."""
-    config = Config(**{**dict(vocab_size=vocab, dim=16, ffn_dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, norm_eps=1e-5,
+def tiny(vocab=4, seed=0, dtype=torch.float64, context=64, stop=(), module=model, **changes):
+    """A random LLaMA with grouped heads, small enough to enumerate what it may say. module: model.py, or a copy with a bug."""
+    config = module.Config(**{**dict(vocab_size=vocab, dim=16, ffn_dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, norm_eps=1e-5,
                               rope_theta=100.0, rope={"rope_type": "default"}, context=context, tied=False, dtype="float32",
                               stop_tokens=tuple(stop)), **changes})
-    model = Llama(config, torch.float64).requires_grad_(False)
+    llama = module.Llama(config, torch.float64).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for weight in model.parameters():
+    for weight in llama.parameters():
         weight.normal_(generator=generator).mul_(0.4) if weight.ndim == 2 else weight.fill_(1)
-    model.embedding.mul_(2.5)
-    return model.to(dtype)  # drawn in float64: the same weights in every type
+    llama.embedding.mul_(2.5)
+    return llama.to(dtype)  # drawn in float64: the same weights in every type
 
 
 def whole(model, tokens):
     """Logits (T,V) of a list of tokens, from one block in a cache of its own."""
     h = model(torch.tensor([tokens]), torch.arange(len(tokens))[None], Cache(model, 1, len(tokens)))
     return model.logits(h)[0]
-
-
-def naive_probs(logits, params):
-    """`pass_sampler.probs` for one distribution, once more in plain Python from the definitions."""
-    if params.temperature == 0:
-        return [float(i == max(range(len(logits)), key=lambda j: logits[j])) for i in range(len(logits))]
-    weights = [math.exp((z - max(logits)) / params.temperature) for z in logits]
-    if params.top_k:
-        least = sorted(weights)[-min(params.top_k, len(weights))]
-        weights = [w if w >= least else 0.0 for w in weights]
-    if params.top_p < 1:
-        kept, least = 0.0, 0.0
-        for w in sorted(weights, reverse=True):
-            if kept < params.top_p * sum(weights):
-                kept, least = kept + w, w
-        weights = [w if w >= least else 0.0 for w in weights]
-    return [w / sum(weights) for w in weights]
 
 
 def exact_texts(model, prompt, params, n):
@@ -61,7 +49,7 @@ def exact_texts(model, prompt, params, n):
             if text and text[-1] in model.config.stop_tokens:
                 longer[text] = probability
                 continue
-            for token, p in enumerate(naive_probs(whole(model, prompt + list(text))[-1].tolist(), params)):
+            for token, p in enumerate(naive.probs(whole(model, prompt + list(text))[-1].tolist(), *astuple(params))):
                 if p:
                     longer[text + (token,)] = probability * p
         texts = longer
@@ -93,12 +81,42 @@ def plant(module, *patches):
     """A copy of a module with a bug: each patch (old, new) replaces a piece of its source that must be there exactly once."""
     source = Path(module.__file__).read_text()
     for old, new in patches:
-        assert source.count(old) == 1, f"the planted bug no longer fits the source: {old!r}"
+        if source.count(old) != 1:
+            raise ValueError(f"the planted bug no longer fits the source: {old!r}")
         source = source.replace(old, new)
     mutant = types.ModuleType(module.__name__)
     mutant.__file__ = module.__file__
     exec(compile(source, f"{module.__name__} with a planted bug", "exec"), mutant.__dict__)
     return mutant
+
+
+def planted(**patches):
+    """model.py, pass_sampler.py and train_lookahead.py with bugs: {module: [(old, new), ..]}, each importing the others of its kind.
+    Also `tiny` and `random_lookahead` made of them. Without patches: the code as it is."""
+    code, bugs, real = types.SimpleNamespace(), bool(patches), {module.__name__: module for module in (model, pass_sampler, train_lookahead)}
+    try:
+        for name, module in real.items():
+            sys.modules[name] = plant(module, *patches.pop(name, ())) if bugs else module
+            setattr(code, name, sys.modules[name])
+    finally:
+        sys.modules.update(real)
+    assert not patches, f"no such module: {list(patches)}"
+    code.tiny = partial(tiny, module=code.model)
+    code.random_lookahead = partial(random_lookahead, module=code.pass_sampler)
+    return code
+
+
+def random_lookahead(llama, L, parts=("memory", "head"), seed=5, module=pass_sampler):
+    """Random embeddings as large as the model's own, so that drafts are far from the target and every branch of the rule is taken;
+    of a memory of 2 slots and a head of rank 8 those that are named."""
+    g, c = torch.Generator().manual_seed(seed), llama.config
+    normal = lambda *shape: torch.randn(*shape, dtype=llama.embedding.dtype, generator=g)
+    lookahead = module.Lookahead(normal(L, c.dim))
+    if "memory" in parts:
+        lookahead.memory = normal(c.n_layers, 2, 2, c.n_kv_heads, c.head_dim)
+    if "head" in parts:
+        lookahead.head_in, lookahead.head_out = normal(8, 2 * c.dim), normal(c.dim, 8)
+    return lookahead
 
 
 def save(model, folder):

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import pass_sampler
-from common import ALPHA, p_value, plant, tiny
+from common import ALPHA, p_value, random_lookahead, tiny
 from pass_sampler import Params, Tree, choose_tree, generate
-from test_samplers import check_joint, look_ahead, random_lookahead
+from test_samplers import check_joint, look_ahead
 
 # ------------------------------------------------------------------------------------------------------- the rule, enumerated
 
@@ -55,20 +55,6 @@ def test_rule_for_trees_is_exact():
     check_rule(pass_sampler)
 
 
-RULE_BUGS = {
-    "p not reduced after a rejection": ("rest = torch.where(tried[:, None], residual(rest, q[:, i]), rest)", "pass"),
-    "p reduced but not renormalised": ("return torch.where(total > 0, rest / total, p)", "return torch.where(total > 0, rest, p)"),
-    "a sibling tried after one was accepted": ("tried = node == above", "tried = (node == above) | (node > 0)"),
-    "a draft that could not be drawn is kept": ("accept = tried & (q_draft > 0) &", "accept = tried &"),
-}
-
-
-@pytest.mark.parametrize("bug", RULE_BUGS)
-def test_planted_bug_in_the_rule_is_caught(bug):
-    with pytest.raises(AssertionError, match="rule for trees is broken"):
-        check_rule(plant(pass_sampler, RULE_BUGS[bug]))
-
-
 def test_chain_is_the_rule_of_the_paper():
     """verify_tree on a chain returns just what verify returns."""
     g = torch.Generator().manual_seed(0)
@@ -83,33 +69,41 @@ def test_chain_is_the_rule_of_the_paper():
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0], dtype=torch.float64)
 
 
-def drafts_of_one_node(width, params, rows):
+def drafts_of_one_node(module, width, params, rows, seed=0):
     """Run draft_tree alone on LOGITS: the siblings (rows,width) and their q."""
     model = tiny(5, seed=1)
-    run = pass_sampler.Run(model, [[1]] * rows, params, look_ahead(model, 1), tree=Tree([str(k) for k in range(width)]))
-    tokens, q = pass_sampler.draft_tree(run, run.tree, torch.zeros(rows, 1, 16), LOGITS.expand(rows, 1, 5), torch.zeros(rows).long())
+    run = module.Run(model, [[1]] * rows, params, look_ahead(model, 1), seed=seed, tree=Tree([str(k) for k in range(width)]))
+    tokens, q = module.draft_tree(run, run.tree, torch.zeros(rows, 1, 16), LOGITS.expand(rows, 1, 5), torch.zeros(rows).long())
     return tokens[:, 1:], q[:, 1:]
 
 
-def test_siblings_are_drawn_from_the_q_that_they_come_with():
-    """Null hypothesis: ordered triples of siblings are drawn without replacement from q. 20,000 of them, chi-square at ALPHA."""
-    siblings, q = drafts_of_one_node(3, Params(0.7), 20_000)
+def siblings_p_value(module, seed=0):
+    """Null hypothesis: ordered triples of siblings are drawn without replacement from q, 20,000 of them. Their q is as stated."""
+    siblings, q = drafts_of_one_node(module, 3, Params(0.7), 20_000, seed)
     exact, left = {}, pass_sampler.probs(LOGITS, Params(0.7))
     for order in itertools.permutations(range(5), 3):
         a, b, c = left[list(order)].tolist()
         exact[order] = a * b / (1 - a) * c / (1 - a - b)
-    assert p_value(siblings.tolist(), exact) > ALPHA
     expected = left.expand(20_000, 5)
     for k in range(3):
         torch.testing.assert_close(q[:, k], expected)
         expected = expected.scatter(1, siblings[:, k:k + 1], 0)
         expected = expected / expected.sum(1, keepdim=True)
+    return p_value(siblings.tolist(), exact)
+
+
+def check_siblings(module):
+    assert siblings_p_value(module) > ALPHA, "siblings are not drawn from q without replacement"
+
+
+def test_siblings_are_drawn_from_the_q_that_they_come_with():
+    check_siblings(pass_sampler)
 
 
 def test_siblings_where_q_has_no_more_tokens_and_where_it_is_greedy():
-    _, q = drafts_of_one_node(3, Params(1, top_k=2), 10)
+    _, q = drafts_of_one_node(pass_sampler, 3, Params(1, top_k=2), 10)
     assert (q[:, 1].count_nonzero(1) == 1).all() and (q[:, 2] == 0).all()
-    siblings, q = drafts_of_one_node(2, Params(0), 1)
+    siblings, q = drafts_of_one_node(pass_sampler, 2, Params(0), 1)
     assert siblings.tolist() == [[0, 1]]
     torch.testing.assert_close(q[0], torch.eye(5, dtype=torch.float64)[:2])
     q = torch.tensor([1 - 1e-300, 1e-300, 0], dtype=torch.float64)  # what is left is renormalised however little it is
@@ -119,52 +113,18 @@ def test_siblings_where_q_has_no_more_tokens_and_where_it_is_greedy():
 
 # ---------------------------------------------------------------------------------------------------------------- whole texts
 
-N = 6000  # texts a test, a third for each prompt: a tree's are dear. A shift of 10 % of all texts is found, see test_power.
 TREES = ["chain:3", "0 1", "0 1 2 00 01", "0 1 00 01 10 000 001"]
 
 
-@pytest.mark.parametrize("params", [Params(1), Params(0.7, 3, 0.8)], ids=str)
-@pytest.mark.parametrize("tree", TREES)
-def test_trees_follow_the_model(tree, params):
-    check_joint(pass_sampler, "fused", params, n=N, tree=tree)
-
-
-@pytest.mark.parametrize("options", [dict(tree=TREES[2]), dict(tree=TREES[3], draft_temperature=0.5),
-                                     dict(tree=TREES[1], draft_temperature=0)], ids=str)
-def test_memory_and_head_follow_the_model(options, monkeypatch):
+def test_trees_follow_the_model(monkeypatch):
+    """Real random numbers, a large tree, memory and head; see tests/test_samplers.py. tests/test_exact.py has the small trees."""
     monkeypatch.setattr(pass_sampler, "SHORTLIST", 3)  # of 4 tokens
-    check_joint(pass_sampler, "fused", Params(1), random_lookahead, n=N, **options)
-
-
-def test_draft_temperature_of_a_draft_model():
-    check_joint(pass_sampler, "draft-model", Params(1, 3), n=N, draft_temperature=0.4)
-
-
-BUGS = {
-    "drawn with replacement, judged as without": [("tokens = (q / arrival).topk(k).indices", "tokens = torch.stack([(q / torch."
-        "empty_like(arrival).exponential_(generator=generator)).argmax(-1) for _ in range(k)], -1)")],
-    "q not renormalised without the siblings": [("return tokens, torch.where(total > 0, left / total, 0)", "return tokens, left")],
-    "a sibling visible to a draft": [("[[a.startswith(b) for b in nodes] for a in nodes]",
-                                      "[[a.startswith(b) or len(a) == len(b) and b < a for b in nodes] for a in nodes]")],
-    "the accepted path not moved down": [("None if tree.chain else path", "None")],
-    "positions by column in place of depth": [("self.offset = torch.cat([self.depths,", "self.offset = torch.cat([torch.arange(n),")],
-    "drafts judged by the draft's temperature": [("run.probs(logits[:, :n])", "probs(logits[:, :n], run.draft_params)")],
-    "q of another node": [("q[:, i].scatter_(1, ids, left[:, parent, k])", "q[:, i].scatter_(1, ids, left[:, 0, k])")],
-}
-
-
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug):
-    mutant = plant(pass_sampler, *BUGS[bug])
-    with pytest.raises(AssertionError, match="do not follow the model"):
-        check_joint(mutant, "fused", Params(1), random_lookahead, n=N, tree="0 1 2 00 01 10", draft_temperature=0.6)
+    check_joint(pass_sampler, "fused", Params(1), random_lookahead, tree=TREES[3], draft_temperature=0.5)
 
 
 def test_groups_see_their_node_and_its_ancestors_only():
     """After a block with a tree, each group's states are those of a plain drafting pass after the text and the node's path."""
     check_groups(pass_sampler)
-    with pytest.raises(AssertionError):
-        check_groups(plant(pass_sampler, ("torch.block_diag(*[inside] * n)", "torch.ones(n * self.depth, n * self.depth).tril().bool()")))
 
 
 def check_groups(module):
@@ -249,9 +209,6 @@ def check_rollback(module):
 
 def test_draft_model_rolls_back():
     check_rollback(pass_sampler)
-    for wrong in ("run.cache.length + (accepted < drafts.shape[1] - 1)", "small.cache.length"):
-        with pytest.raises(AssertionError, match="reads another text"):
-            check_rollback(plant(pass_sampler, ("small.cache.length = run.cache.length", f"small.cache.length = {wrong}")))
 
 
 def test_draft_model_must_share_the_vocabulary():

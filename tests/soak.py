@@ -1,0 +1,60 @@
+"""The statistical tests again and again, with fresh seeds: their p-values must be uniform, or the tests, or the sampler, are wrong.
+
+    make soak [MINUTES=10]
+
+A sampler that deviates less than one run can see shows in the end, since its p-values gather near 0.
+"""
+import random
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import torch
+
+import pass_sampler
+from common import random_lookahead
+from pass_sampler import METHODS
+from test_fused import TREES, siblings_p_value
+from test_samplers import SETTINGS, joint_p_values, look_ahead, single_p_value
+
+
+def against_uniform(p):
+    """Kolmogorov-Smirnov: the largest distance between the shares of p-values below a level and the level, and its p-value."""
+    p, n = sorted(p), len(p)
+    distance = max(max((i + 1) / n - x, x - i / n) for i, x in enumerate(p))
+    z = distance * (n ** 0.5 + 0.12 + 0.11 / n ** 0.5)
+    return distance, min(1.0, 2 * sum((-1) ** (k - 1) * 2.718281828459045 ** (-2 * k * k * z * z) for k in range(1, 101)))
+
+
+def one(seed):
+    """The name and the p-values of one test, chosen and seeded by `seed`."""
+    chance = random.Random(seed)
+    method, params, make = chance.choice(list(METHODS)), chance.choice(SETTINGS), chance.choice([look_ahead, random_lookahead])
+    kind = chance.choice(["joint"] * 8 + ["single", "siblings"])
+    if kind == "single":
+        return f"single rows, {method}", [single_p_value(pass_sampler, method, seed * 10_000)]
+    if kind == "siblings":
+        return "siblings", [siblings_p_value(pass_sampler, seed)]
+    more = dict(tree=chance.choice(TREES)) if method == "fused" else {}
+    return f"{method}, {params}, {make.__name__ if make is random_lookahead else 'embeddings only'}, {more}", joint_p_values(
+        pass_sampler, method, params, make, seed * 10_000, **more)
+
+
+def main():
+    torch.set_num_threads(1)
+    minutes, start, values, seed = float(sys.argv[1]), time.time(), [], int(time.time())
+    print(f"seeds from {seed} on")
+    while time.time() - start < 60 * minutes:
+        name, found = one(seed)
+        values += found
+        distance, p = against_uniform(values)
+        print(f"seed {seed}: {name}: {' '.join(f'{v:.3f}' for v in found)}; {len(values)} so far, least {min(values):.1e}, "
+              f"distance from uniform {distance:.3f} (p-value {p:.3f})", flush=True)
+        seed += 1
+    if p < 1e-4 or min(values) < 1e-4 / len(values):
+        sys.exit("the p-values are not uniform: the sampler does not follow the model, or a test is wrong")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Hostile input: whatever is wrong ends in one clear line and exit code 2 (130 for Ctrl-C), never in a traceback, a text drawn from
+numbers that are not finite, or a file that is half written."""
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import pass_sampler
+import train_lookahead
+from common import FIXTURE, ROOT, random_lookahead, run_main, tiny
+from model import InputError, Llama, load_tokenizer, write_tensors
+from pass_sampler import METHODS, Params, generate, load_lookahead
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "model")
+
+
+def refused(capsys, *words):
+    code, out, err = run_main(pass_sampler, capsys, *words)
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, (code, out, err)
+    return err
+
+
+# -------------------------------------------------------------------------------------------------------------------- files
+
+def header(**tensors):
+    text = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+LIES = {
+    "empty": b"", "no header": b"12345678", "a header longer than the file": struct.pack("<Q", 2 ** 40) + b"{}",
+    "offsets beyond the file": header(a={"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}) + b"1234",
+    "a shape that is not its bytes": header(a={"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}) + b"1234",
+    "an unknown type": header(a={"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}) + b"1234",
+    "a negative shape": header(a={"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}) + b"1234",
+    "more bytes than tensors": header(a={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}) + b"1234" * 1000,
+    "a header that is no JSON": struct.pack("<Q", 4) + b"{{{{", "tensors of someone else": header(
+        a={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}) + b"1234",
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_files_that_lie(lie, copy, tmp_path, capsys):
+    (tmp_path / "lookahead.safetensors").write_bytes(LIES[lie])
+    assert "lookahead.safetensors" in refused(capsys, "--model", copy, "--lookahead", tmp_path / "lookahead.safetensors")
+    (copy / "model.safetensors").write_bytes(LIES[lie])
+    assert "model" in refused(capsys, "--model", copy)
+
+
+def test_random_damage(folder, tmp_path):
+    """300 copies of the weights, each with some bytes of the header or the end changed: refused, or read as what they now are."""
+    whole, chance, refusals = (folder / "model.safetensors").read_bytes(), random.Random(0), 0
+    copy = shutil.copytree(folder, tmp_path / "model")
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(chance.randrange(1, 4)):
+            damaged[chance.randrange(200) if chance.random() < 0.8 else chance.randrange(len(whole))] = chance.randrange(256)
+        (copy / "model.safetensors").write_bytes(damaged[:chance.choice([None, None, chance.randrange(len(whole))])])
+        try:
+            assert all(weight.isfinite().all() for weight in Llama.load(copy).parameters())
+        except InputError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+    assert refusals > 150
+
+
+@pytest.mark.parametrize("index", [[], {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "missing.safetensors"}}, {},
+                                   {"weight_map": {"a": "."}}], ids=str)
+def test_bad_indices(index, copy, capsys):
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(capsys, "--model", copy)
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 10 ** 30}, {"vocab_size": 2 ** 31 - 1, "hidden_size": 2 ** 31 - 1},
+                                    {"num_hidden_layers": 0}, {"num_attention_heads": 0}, {"hidden_size": 17, "head_dim": None},
+                                    {"num_key_value_heads": 3}, {"rope_theta": "big"}, {"rms_norm_eps": float("nan")}, {"hidden_size": True},
+                                    {"rope_scaling": {"rope_type": "linear", "factor": 0}}, {"eos_token_id": "stop"}], ids=str)
+def test_bad_configs(change, copy, capsys):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    refused(capsys, "--model", copy)
+
+
+def test_config_nested_without_end(copy, capsys):
+    (copy / "config.json").write_text("[" * 100_000)
+    assert "config.json" in refused(capsys, "--model", copy)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(number, copy, capsys):
+    weights = load_file(copy / "model.safetensors")
+    weights[name := "model.layers.1.mlp.up_proj.weight"][3, 4] = number
+    save_file(weights, copy / "model.safetensors")
+    assert name in refused(capsys, "--model", copy)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_that_are_not_finite_are_reported(method, temperature):
+    """Weights that are finite can still overflow."""
+    for weight in (float("nan"), 3e38):
+        model = tiny(30, dtype=torch.float32)
+        model.norm.fill_(weight)
+        model.output.mul_(1e3)
+        with pytest.raises(InputError, match="not finite"):
+            generate(model, [[1, 2]], method, random_lookahead(model, 2), Params(temperature), 9, tree="0 00",
+                     draft_model=tiny(30, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("about", ["{", "[]", "1", '{"acceptance": 3}', '{"acceptance": {"x": {"by_rank": []}}}', '{"acceptance": {"0": {}}}',
+                                   '{"acceptance": {"0": {"by_rank": [["a"]]}}}', '{"acceptance": {"0": {"by_rank": 7}}}'])
+def test_lookahead_with_damaged_metadata(about, folder, tmp_path, capsys):
+    write_tensors({"embeddings": torch.zeros(2, 16)}, tmp_path / "file.safetensors", {"lookahead": about})
+    assert "metadata" in refused(capsys, "--model", folder, "--lookahead", tmp_path / "file.safetensors", "--method", "fused")
+
+
+def test_lookahead_of_another_model(folder, tmp_path):
+    write_tensors({"embeddings": torch.zeros(2, 16)}, tmp_path / "file.safetensors", {"lookahead": '{"model": "another"}'})
+    with pytest.raises(InputError, match="another model"):
+        load_lookahead(tmp_path / "file.safetensors", Llama.load(folder), load_tokenizer(folder, 320), [1])
+
+
+# ------------------------------------------------------------------------------------------------------------------ prompts
+
+def test_prompts(folder, tmp_path, capsys):
+    prompt = tmp_path / "prompt"
+    for content, says in ((b"", "prompt is empty"), (b"\xff\xfe\xfd", "cannot read the prompt"), (b"x " * 100_000, "shorten the prompt")):
+        prompt.write_bytes(content)
+        assert says in refused(capsys, "--model", folder, "--prompt-file", prompt)
+    assert "cannot read the prompt" in refused(capsys, "--model", folder, "--prompt-file", tmp_path)
+    prompt.write_bytes(b"a\0b\x01\x7f \r\n")  # strange, but text
+    code, out, err = run_main(pass_sampler, capsys, "--model", folder, "--prompt-file", prompt, "--max-new-tokens", 3, "--json")
+    assert code == 0 and len(json.loads(out)["tokens"][0]) == 3
+    tokenizer = load_tokenizer(folder, 320)
+    text = "x" * 2000
+    while len(tokenizer.encode(text)) >= 512:
+        text = text[:-1]
+    prompt.write_text(text)  # fills the context but for one slot
+    code, out, err = run_main(pass_sampler, capsys, "--model", folder, "--prompt-file", prompt, "--json", "--method", "fused", "--tree", "0 1")
+    assert code == 0 and json.loads(out)["stop_reason"][0] in ("context", "stop") and len(json.loads(out)["tokens"][0]) == 1
+
+
+@pytest.mark.parametrize("words", [["--temperature", "1e-9"], ["--temperature", "1e9"], ["--temperature", "1", "--top-k", "999999"],
+                                   ["--temperature", "1", "--top-p", "1"], ["--temperature", "1", "--top-p", "1e-9"]], ids=str)
+@pytest.mark.parametrize("method", ["pass", "fused"])
+def test_extreme_settings_are_valid(words, method, folder, capsys):
+    code, out, err = run_main(pass_sampler, capsys, "--model", folder, "--json", "--max-new-tokens", 9, "--method", method, "--tree", "0 1", *words)
+    assert code == 0, err
+    if words[-1] == "1e-9":  # as good as greedy
+        greedy = run_main(pass_sampler, capsys, "--model", folder, "--json", "--max-new-tokens", 9)[1]
+        assert json.loads(out)["tokens"] == json.loads(greedy)["tokens"]
+
+
+# ---------------------------------------------------------------------------------------------------- outputs and interruption
+
+def script(name, *words):
+    return [sys.executable, str(ROOT / name), *map(str, words)]
+
+
+def test_full_disk(folder, data, tmp_path):
+    """A limit on the size of files stands for a full disk; /dev/full is one."""
+    training = script("train_lookahead.py", "--model", folder, "--data", data, "--steps", 1, "--length", 60, "--out", tmp_path / "out")
+    limited = subprocess.run(["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", *training], capture_output=True, text=True)
+    assert limited.returncode == 2 and limited.stderr.splitlines()[-1].startswith("error: cannot write"), limited.stderr
+    assert list(tmp_path.iterdir()) == []
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(script("pass_sampler.py", "--model", folder, "--max-new-tokens", 4), stdout=full, stderr=subprocess.PIPE,
+                                text=True)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in result.stderr
+
+
+def test_read_only_folder(folder, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who may write everywhere
+    code, out, err = run_main(train_lookahead, capsys, "--model", folder, "--data", data, "--steps", 1, "--out", tmp_path / "out")
+    assert code == 2 and err.startswith("error: cannot write") and err.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["pass_sampler.py", "train_lookahead.py"])
+def test_interrupted(name, folder, data, tmp_path):
+    """Ctrl-C, once there is something to see: exit code 130, no traceback, and the output file does not exist."""
+    words = ["--model", FIXTURE.parent.parent / "demo" / "model"]
+    words += ["--max-new-tokens", 900] if name == "pass_sampler.py" else ["--data", data, "--minutes", 9, "--out", tmp_path / "out"]
+    process = subprocess.Popen(script(name, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if name == "pass_sampler.py":
+        process.stdout.read(1)
+    else:
+        while b"step 0" not in process.stderr.readline():
+            assert process.poll() is None
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in err and not (tmp_path / "out").exists()
