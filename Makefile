@@ -12,9 +12,9 @@ test: .venv/extras  ## the proofs
 	.venv/bin/python -m pytest -q tests
 
 # $(call measure,NAME,ARGUMENTS) writes demo/results/NAME.md and NAME.json.
-measure = .venv/bin/python bench.py $(2) --json demo/results/$(1).json > demo/results/$(1).md
+measure = mkdir -p demo/results; .venv/bin/python bench.py $(2) --json demo/results/$(1).json > $(1).part && mv $(1).part demo/results/$(1).md
 SMOLLM2 = --model models/smollm2 --lookahead demo/smollm2-lookahead.safetensors
-OWN = --model demo/model --lookahead demo/model/lookahead.safetensors --kinds "plain code"
+OWN = --model demo/model --lookahead demo/model/lookahead.safetensors --prompts demo/model/prompts.json
 STEPS = pass:unk pass:demo/smollm2-paper.safetensors pass:demo/smollm2-tv-memory.safetensors pass fused
 
 bench: .venv/bench models/smollm2/model.safetensors  ## the tables and pictures in demo/results; do nothing beside it
@@ -22,16 +22,16 @@ bench: .venv/bench models/smollm2/model.safetensors  ## the tables and pictures 
 	$(call measure,own-cost,cost --model demo/model --plot demo/results/own-cost.svg)
 	$(call measure,smollm2-acceptance,acceptance $(SMOLLM2) --plot demo/results/smollm2-acceptance.svg)
 	$(call measure,own-acceptance,acceptance $(OWN) --plot demo/results/own-acceptance.svg)
-	$(call measure,smollm2-speed,speed $(SMOLLM2) --methods $(STEPS) --count 8 --new-tokens 64 --plot demo/results/smollm2-speed.svg)
-	$(call measure,smollm2-speed-top-k,speed $(SMOLLM2) --top-k 10 --temperatures 0.8 1 --count 8 --new-tokens 64)
+	$(call measure,smollm2-speed,speed $(SMOLLM2) --methods $(STEPS) --count 6 --new-tokens 64 --plot demo/results/smollm2-speed.svg)
+	$(call measure,smollm2-speed-top-k,speed $(SMOLLM2) --top-k 10 --temperatures 0.8 1 --count 6 --new-tokens 64)
 	$(call measure,own-speed,speed $(OWN) --methods pass:unk pass:demo/model/paper.safetensors pass fused --plot demo/results/own-speed.svg)
-	$(call measure,smollm2-length,length $(SMOLLM2) --kinds code --count 8 --new-tokens 64 --plot demo/results/smollm2-length.svg)
-	$(call measure,smollm2-length-paper,length --model models/smollm2 --lookahead demo/smollm2-paper.safetensors --kinds code --count 8 \
-		--new-tokens 64 --plot demo/results/smollm2-length-paper.svg)
+	$(call measure,smollm2-length,length $(SMOLLM2) --kinds code --count 6 --new-tokens 64 --plot demo/results/smollm2-length.svg)
+	$(call measure,smollm2-length-paper,length --model models/smollm2 --lookahead demo/smollm2-paper-8.safetensors --kinds code --count 6 \
+		--new-tokens 64 --temperatures 0 --plot demo/results/smollm2-length-paper.svg)
 	$(call measure,smollm2-memory,memory $(SMOLLM2) --project)
 	$(call measure,smollm2-quality,quality $(SMOLLM2) --methods pass fused --count 5 --new-tokens 64)
 	$(call measure,smollm2-humaneval,quality $(SMOLLM2) --problems 10 --samples 10 --new-tokens 160 --execute)
-	$(call measure,smollm2-peers,peers $(SMOLLM2) --temperatures 0 --count 8 --new-tokens 64)
+	$(call measure,smollm2-peers,peers $(SMOLLM2) --temperatures 0 --count 6 --new-tokens 64)
 
 mutants: .venv/ready  ## plant every known bug: caught / planted
 	.venv/bin/python tests/mutants.py

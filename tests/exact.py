@@ -1,9 +1,10 @@
 """Everything that a sampler may do, and how probable it is: not sampled but enumerated, through the code that runs.
 
-Chance enters the sampler in three functions only: `draw`, `verify` (or `verify_tree`) and `without_replacement`. Each is run as it is, but
-on chosen random numbers: its outcome is constant between thresholds, so one uniform from every cell between them, weighted with
-the cell's size, gives all its outcomes and their exact probabilities. `every_outcome` then runs the generation once for each way
-that chance can take. What comes out is compared with tests/naive.py, to rounding in float64.
+Chance enters the sampler in four functions only: `draw`, `verify`, `verify_tree`, `without_replacement`. Each is run as it is, but on
+chosen random numbers: its outcome is constant between thresholds, so one uniform from every cell between them, weighted with
+the cell's size, gives all its outcomes and their exact probabilities. (It is run at both ends of every cell: outcomes that differ
+betray a threshold that is not where it should be.) `every_outcome` then runs the generation once for each way that chance can
+take. What comes out is compared with tests/naive.py.
 """
 import itertools
 import math
@@ -49,9 +50,25 @@ def every_outcome(run):
 
 
 def cells(*thresholds):
-    """Midpoints and sizes of the cells into which thresholds cut [0, 1)."""
-    cuts = sorted({0.0, 1.0} | {round(t, 13) for ts in thresholds for t in ts if 0 < t < 1})
-    return [((a + b) / 2, b - a) for a, b in zip(cuts, cuts[1:])]
+    """Beginning, end, both a little inside, and size of the cells into which thresholds cut [0, 1)."""
+    cuts = [0.0]
+    for t in sorted(t for ts in thresholds for t in ts):
+        if cuts[-1] + 1e-7 < t < 1 - 1e-7:  # of those that are as good as one, only the first
+            cuts.append(t)
+    cuts, little = [*cuts, 1.0], 2e-7
+    return [(min(a + little, (a + b) / 2), max(b - little, (a + b) / 2), b - a) for a, b in zip(cuts, cuts[1:])]
+
+
+def at_both_ends(run, corners):
+    """run(uniforms (n, number of uniforms)) at the beginnings and at the ends of cells, [[(beginning, end, size), ..], ..] ->
+    {outcome: probability}."""
+    first, other = (run(torch.tensor([[cell[end] for cell in corner] for corner in corners], dtype=torch.float64))
+                    for end in (0, 1))
+    assert first == other, "a random number decides otherwise than its threshold, p/q or a cumulative share of the residual, says"
+    outcomes = {}
+    for outcome, corner in zip(first, corners):
+        outcomes[outcome] = outcomes.get(outcome, 0) + math.prod(size for *_, size in corner)
+    return outcomes
 
 
 def cumulative(weights):
@@ -66,32 +83,36 @@ def left_of(p, q):
 
 def enumerated(module, chance):
     """Replacements for the module's functions of chance that ask `chance` for row ROW."""
-    real = {name: getattr(module, name) for name in ("draw", "verify", "verify_tree", "without_replacement")}
+    real, used = {name: getattr(module, name) for name in ("draw", "verify", "verify_tree", "without_replacement")}, set()
+
+    def is_new(u):
+        """The uniforms themselves are not used here, so a sampler that used one twice would not show."""
+        numbers = u.flatten().tolist()
+        assert len(set(numbers)) == len(numbers) and used.isdisjoint(numbers), "a random number is used for two decisions"
+        used.update(numbers)
 
     def draw(p, u):
+        is_new(u)
         tokens = real["draw"](p, torch.full_like(u, 0.5))
         for i, weights in enumerate(p[ROW].reshape(-1, p.shape[-1])):
-            grid = cells(cumulative(weights.tolist()))
-            found = real["draw"](weights.expand(len(grid), -1), torch.tensor([g for g, _ in grid], dtype=torch.float64))
-            outcomes = {}
-            for token, (_, size) in zip(found.tolist(), grid):
-                outcomes[token] = outcomes.get(token, 0) + size
-            tokens[ROW].view(-1)[i] = chance.choose(outcomes)
+            corners = [[cell] for cell in cells(cumulative(weights.tolist()))]
+            tokens[ROW].view(-1)[i] = chance.choose(at_both_ends(
+                lambda u: real["draw"](weights.expand(len(u), -1), u[:, 0]).tolist(), corners))
         return tokens
 
     def judge(name, rows, grids, u, *before):
         """Run a rule on all cells of row ROW; elsewhere in the middle."""
-        corners = list(itertools.product(*grids))
-        at = torch.tensor([[middle for middle, _ in corner] for corner in corners], dtype=torch.float64)
-        module.draw = real["draw"]
+        is_new(u)
+
+        def run(u):
+            kept, last = real[name](*before, *[x[ROW].expand(len(u), *x.shape[1:]) for x in rows], u)
+            return list(zip(kept.tolist(), last.tolist()))
+        module.draw = real["draw"]  # which the rule calls itself
         try:
-            kept, last = real[name](*before, *[x[ROW].expand(len(at), *x.shape[1:]) for x in rows], at)
+            outcomes = at_both_ends(run, list(itertools.product(*grids)))
             kept_all, last_all = real[name](*before, *rows, torch.full_like(u, 0.5))
         finally:
             module.draw = draw
-        outcomes = {}
-        for k, token, corner in zip(kept.tolist(), last.tolist(), corners):
-            outcomes[k, token] = outcomes.get((k, token), 0) + math.prod(size for _, size in corner)
         kept_all[ROW], last_all[ROW] = map(torch.tensor, chance.choose(outcomes))
         return kept_all, last_all
 
@@ -112,7 +133,7 @@ def enumerated(module, chance):
         return judge("verify_tree", (p, q, tokens), [cells(*last), *grids], u, parent)
 
     def without_replacement(q, k, generator):
-        """The real function with arrival times that bring about the order chosen: q / arrival is then 1, 1/2, 1/3, .. in that order."""
+        """The real function with arrival times that bring about the order chosen: q / arrival is 1, 1/2, 1/3, .. in that order."""
         arrival = torch.ones(q.shape, dtype=torch.float64)
         for place in itertools.product(*[range(n) for n in q.shape[1:-1]]):
             weights, outcomes = q[ROW][place].tolist(), {}
@@ -137,8 +158,8 @@ class Enough(Exception):
     """The texts that are compared are complete."""
 
 
-def sampled(module, model, prompt, method, lookahead, params, n, **more):
-    """{((token, was it an accepted draft?), ..): probability} of the first n tokens after `prompt`, beside a row of another length."""
+def sampled(module, model, prompt, method, lookahead, params, n, room=4, **more):
+    """{((token, was it an accepted draft?), ..): probability} of the first n of n + room tokens after `prompt`, beside a longer row."""
     real = {name: getattr(module, name) for name in ("draw", "verify", "verify_tree", "without_replacement")}
 
     def run(chance):
@@ -151,7 +172,7 @@ def sampled(module, model, prompt, method, lookahead, params, n, **more):
                     raise Enough
         vars(module).update(enumerated(module, chance))
         try:
-            module.generate(model, [[0, 1, 2, 0, 1], prompt], method, lookahead, params, n + 4, on_token=on_token, **more)
+            module.generate(model, [[0, 1, 2, 0, 1], prompt], method, lookahead, params, n + room, on_token=on_token, **more)
         except Enough:
             pass
         finally:
@@ -161,23 +182,23 @@ def sampled(module, model, prompt, method, lookahead, params, n, **more):
         return every_outcome(run)
 
 
-def check_exact(code, method, settings=(1.0,), n=2, parts=(), stop=(), drafts=True, **more):
-    """The distribution of the first n tokens is that of the chain rule, p(x_1) p(x_2 | x_1) .., by tests/naive.py; and a second token that is
-    an accepted draft has the probability sum over x_1 of p(x_1) min(p, q): drafts come from the look-ahead that was asked for."""
+def check_exact(code, method, settings=(1.0,), n=2, parts=(), stop=(), drafts=True, room=4, **more):
+    """The distribution of the first n tokens is that of the chain rule, p(x_1) p(x_2 | x_1) .., by tests/naive.py; and a second
+    token that is an accepted draft has probability min(p, q): drafts come from the look-ahead that was asked for."""
     module, params, prompt = code.pass_sampler, code.pass_sampler.Params(*settings), [2, 0, 1]
     model = code.tiny(3, seed=3, stop=stop)
-    lookahead = code.random_lookahead(model, 2, parts) if method in ("pass", "fused") else None
+    lookahead = code.random_lookahead(model, 2, parts) if method in module.LOOKS_AHEAD else None
     judge = naive.Model(model, lookahead)
-    outcomes = sampled(module, model, prompt, method, lookahead, params, n, **more)
+    outcomes = sampled(module, model, prompt, method, lookahead, params, n, room, **more)
     texts = {}
     for text, w in outcomes.items():
         tokens = tuple(token for token, _ in text)
         texts[tokens] = texts.get(tokens, 0) + w
     expected = {(): 1.0}
     for _ in range(n):
-        expected = {text + (token,): w * p for text, w in expected.items() if not text or text[-1] not in stop for token, p in enumerate(
-            naive.probs(judge.next_logits(prompt + list(text)), *settings)) if p} | {
-            text: w for text, w in expected.items() if text and text[-1] in stop}
+        ended = {text: w for text, w in expected.items() if text and text[-1] in stop}
+        expected = ended | {text + (token,): w * p for text, w in expected.items() if text not in ended for token, p in enumerate(
+            naive.probs(judge.next_logits(prompt + list(text)), *settings)) if p}
     for text in sorted(set(expected) | set(texts)):
         assert abs(texts.get(text, 0) - expected.get(text, 0)) < TOLERANCE, (
             f"{method}: after {prompt} the text {list(text)} comes with probability {texts.get(text, 0):.6f}, but the model says "
@@ -197,15 +218,14 @@ def check_exact(code, method, settings=(1.0,), n=2, parts=(), stop=(), drafts=Tr
 
 
 
-
 def check_later_drafts(code, settings=(1.0, 2)):
     """The drafts of `fused` in the second pass, tree "0", follow the draft that was accepted, or the token drawn in its place:
     with probability p(x) min(p, q)(d) p(y) min(p, q)(z) the text is x, an accepted d, y, an accepted z; and
-    with p(x) max(0, p - q)(y) min(p, q)(z) it is x, y in place of a draft, an accepted z."""
+    with p(x) max(0, p - q)(d) min(p, q)(y) it is x, d in place of a rejected draft, an accepted y."""
     prompt, model = [2, 0, 1], code.tiny(3, seed=3)
-    lookahead = code.random_lookahead(model, 1)
+    lookahead, params = code.random_lookahead(model, 1), code.pass_sampler.Params(*settings)
     judge, got = naive.Model(model, lookahead), {}
-    for text, w in sampled(code.pass_sampler, model, prompt, "fused", lookahead, code.pass_sampler.Params(*settings), 4, tree="0").items():
+    for text, w in sampled(code.pass_sampler, model, prompt, "fused", lookahead, params, 4, tree="0").items():
         for n in (3, 4):
             got[text[:n]] = got.get(text[:n], 0) + w
 
@@ -221,5 +241,5 @@ def check_later_drafts(code, settings=(1.0, 2)):
         for text, expected in [(((x, False), (d, False), (y, True)), replaced)] + [
                 (((x, False), (d, True), (y, False), (z, True)), w) for z, w in accepted.items()]:
             assert abs(got.get(text, 0) - expected) < TOLERANCE, (
-                f"fused: {text} (token, accepted draft?) comes with probability {got.get(text, 0):.6f}, not {expected:.6f}: the drafts of the "
-                f"second pass do not follow the text")
+                f"fused: {text} (token, accepted draft?) comes with probability {got.get(text, 0):.6f}, not {expected:.6f}: the "
+                f"drafts of the second pass do not follow the text")

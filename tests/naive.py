@@ -40,8 +40,8 @@ class Model:
 
     def __init__(self, llama, lookahead=None):
         self.config, self.w = llama.config, {name: tensor.double().tolist() for name, tensor in llama.named_weights().items()}
-        parts = ("embeddings", "memory", "head_in", "head_out")
-        self.extra = {name: getattr(lookahead, name).double().tolist() for name in parts if getattr(lookahead, name, None) is not None}
+        parts = {name: getattr(lookahead, name, None) for name in ("embeddings", "memory", "head_in", "head_out")}
+        self.extra = {name: part.double().tolist() for name, part in parts.items() if part is not None}
 
     def states(self, columns):
         """What comes out of the last norm, for each column."""
@@ -84,8 +84,8 @@ class Model:
         return self.logits(self.states(self.text(tokens))[-1])
 
     def draft_logits(self, tokens, between):
-        """Of draft d_j, j = len(between): LA_1 .. LA_j stand after x_1 .. x_n = tokens, at the positions of x_{n+1} .. x_{n+j}, and see
-        the memory. With a head, the state of LA_j is corrected for the token before d_j: between is x_{n+1}, d_1 .. d_{j-1}."""
+        """Of draft d_j, j = len(between): LA_1 .. LA_j stand after x_1 .. x_n = tokens, at the positions of x_{n+1} .. x_{n+j}, and
+        see the memory. With a head, the state of LA_j is corrected for the token before d_j: between is x_{n+1}, d_1 .. d_{j-1}."""
         n, columns = len(tokens), self.text(tokens)
         for j in range(len(between)):
             columns.append((self.extra["embeddings"][j], n + j, set(range(n + j + 1)), True))

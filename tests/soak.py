@@ -1,9 +1,12 @@
 """The statistical tests again and again, with fresh seeds: their p-values must be uniform, or the tests, or the sampler, are wrong.
 
-    make soak [MINUTES=10]
+    make soak MINUTES=10        # or: python tests/soak.py 10
 
-A sampler that deviates less than one run can see shows in the end, since its p-values gather near 0.
+A sampler that deviates less than one run can see shows in the end, since its p-values gather near 0: 1,000 of them, about an hour,
+find at 1e-4 a distribution function that lies 0.12 from uniform, with a power of 99 %. Chi-square is approximate where cells are small, so
+such a finding is a reason to look, not a proof.
 """
+import math
 import random
 import sys
 import time
@@ -24,7 +27,7 @@ def against_uniform(p):
     p, n = sorted(p), len(p)
     distance = max(max((i + 1) / n - x, x - i / n) for i, x in enumerate(p))
     z = distance * (n ** 0.5 + 0.12 + 0.11 / n ** 0.5)
-    return distance, min(1.0, 2 * sum((-1) ** (k - 1) * 2.718281828459045 ** (-2 * k * k * z * z) for k in range(1, 101)))
+    return distance, min(1.0, 2 * sum((-1) ** (k - 1) * math.exp(-2 * k * k * z * z) for k in range(1, 101)))
 
 
 def one(seed):
@@ -45,7 +48,7 @@ def main():
     torch.set_num_threads(1)
     minutes, start, values, seed = float(sys.argv[1]), time.time(), [], int(time.time())
     print(f"seeds from {seed} on")
-    while time.time() - start < 60 * minutes:
+    while not values or time.time() - start < 60 * minutes:
         name, found = one(seed)
         values += found
         distance, p = against_uniform(values)

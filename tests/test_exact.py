@@ -1,4 +1,4 @@
-"""Every sampler's exact distribution over two or three tokens, enumerated (tests/exact.py), is that of an independent, naive
+"""Every sampler's exact distribution over two to four tokens, enumerated (tests/exact.py), is that of an independent, naive
 implementation (tests/naive.py). No statistics: what differs by 1e-6 fails."""
 import pytest
 import torch
@@ -29,11 +29,20 @@ def test_fused(settings, tree):
     check_exact(CODE, "fused", settings, parts=BOTH, tree=tree, drafts="1" not in tree)
 
 
-@pytest.mark.parametrize("method, more", [("pass", {}), ("fused", dict(tree="0 00")), ("fused", dict(tree="0 1 00 10", drafts=False))], ids=str)
+@pytest.mark.parametrize("method, more", [("pass", {}), ("fused", dict(tree="0 00")), ("fused", dict(tree="0 1 00 10", drafts=False))],
+                         ids=str)
 def test_three_tokens(method, more):
     """The third token reaches past the second drafting pass, where whatever a step leaves behind in the cache does its damage."""
     check_exact(CODE, method, (1.0, 2), n=3, parts=BOTH, **more)
     check_exact(CODE, method, (1.0, 2), n=3, parts=BOTH, stop=(1,), **more)
+
+
+@pytest.mark.parametrize("method, more", [("pass", {}), ("fused", dict(tree="0 1 00")), ("draft-model", dict(length=2))], ids=str)
+def test_the_end_of_the_budget(method, more):
+    """The last steps draft less, or nothing."""
+    for room in (0, 1):
+        more |= dict(draft_model=tiny(3, seed=9)) if method == "draft-model" else dict(parts=BOTH)
+        check_exact(CODE, method, (1.0, 2), n=3, room=room, drafts=False, **more)
 
 
 def test_later_drafts():
@@ -52,8 +61,8 @@ def test_draft_model(length, n, settings):
 
 
 def check_model(code):
-    """Logits against the naive model's: a ragged batch with a memory in the cache; blocks that are committed in part, in full, along
-    a path, or not at all; and the states that drafts come from."""
+    """Logits against the naive model's: a ragged batch with a memory in the cache; blocks that are committed in part, in full,
+    along a path, or not at all; and the q that drafts come from."""
     model = code.tiny(5, seed=2)
     lookahead = code.random_lookahead(model, 2)
     judge, cache, texts = naive.Model(model, lookahead), code.model.Cache(model, 2, 16, lookahead.memory), [[1, 2, 3, 4, 0], [4, 0]]
@@ -90,7 +99,7 @@ def check_model(code):
                 for j in range(2):
                     expected = naive.probs(judge.draft_logits(prompt, [3, *drafts[1].tolist()][:1 + j]))
                     worst = (q[1, j] - torch.tensor(expected, dtype=torch.float64)).abs().max()
-                    assert worst < 1e-5, f"q of draft d_{j + 1} after {prompt}, from {where}, is not the look-ahead's, by {worst:.1e}"
+                    assert worst < 1e-5, f"q of d_{j + 1} after {prompt}, from {where}, is not the look-ahead's, by {worst:.1e}"
 
 
 def step_again(run):
@@ -136,5 +145,7 @@ def test_random_lookaheads_are_of_use():
     """The checks above would be idle if the drafts were never, or always, accepted."""
     model = tiny(3, seed=3)
     judge = naive.Model(model, random_lookahead(model, 2))
-    shares = [sum(map(min, naive.probs(judge.next_logits([2, 0, 1, x])), naive.probs(judge.draft_logits([2, 0, 1], [x])))) for x in range(3)]
+    p, q = ([naive.probs(z) for z in logits] for logits in ([judge.next_logits([2, 0, 1, x]) for x in range(3)],
+                                                            [judge.draft_logits([2, 0, 1], [x]) for x in range(3)]))
+    shares = [sum(map(min, *pair)) for pair in zip(p, q)]
     assert sum(0.1 < share < 0.9 for share in shares) >= 2, shares

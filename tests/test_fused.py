@@ -5,24 +5,23 @@ import pytest
 import torch
 
 import pass_sampler
-from common import ALPHA, p_value, random_lookahead, tiny
+from common import ALPHA, check_power, p_value, random_lookahead, tiny
 from pass_sampler import Params, Tree, choose_tree, generate
 from test_samplers import check_joint, look_ahead
 
 # ------------------------------------------------------------------------------------------------------- the rule, enumerated
 
 THIRDS = [torch.tensor(c, dtype=torch.float64) / 3 for c in itertools.product(range(4), repeat=3) if sum(c) == 3]
-MIDPOINTS = {n: (torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (12, 60)}
+GRIDS = [{n: (torch.arange(n, dtype=torch.float64) + at) / n for n in (12, 60)} for at in (1e-9, 1 - 1e-9)]  # see test_rule.py
 
 
-def first_token(module, p, q, candidates):
+def first_token(module, p, q, candidates, grid):
     """Exact distribution (V,) of the first token where `candidates` siblings are drawn from q without replacement, in any order.
 
-    p, q (V,) in thirds: then all that decides is at a multiple of 1/12 (accepting) or 1/60 (the last draw), and the averages over
-    midpoints between are the integrals. An order that runs out of tokens with q > 0 goes on with others, at q = 0.
+    p, q (V,) in thirds: then all that decides is at a multiple of 1/12 (accepting) or 1/60 (the last draw). An order that runs out of tokens with q > 0 goes on with others, at q = 0.
     """
     V, total = len(p), 0
-    u = torch.cartesian_prod(MIDPOINTS[60], *[MIDPOINTS[12]] * candidates)
+    u = torch.cartesian_prod(grid[60], *[grid[12]] * candidates)
     for order in itertools.permutations(range(V), candidates):
         weight, left, qs = 1.0, q.clone(), [torch.zeros(V, dtype=q.dtype)]
         for k, token in enumerate(order):
@@ -43,8 +42,8 @@ def first_token(module, p, q, candidates):
 
 def check_rule(module):
     for candidates, step in ((1, 1), (2, 1), (3, 3)):
-        for p, q in itertools.product(THIRDS[::step], THIRDS):
-            got = first_token(module, p, q, candidates)
+        for p, q, grid in itertools.product(THIRDS[::step], THIRDS, GRIDS):
+            got = first_token(module, p, q, candidates, grid)
             assert torch.allclose(got, p, atol=1e-12), (
                 f"{candidates} candidates from q = {q.tolist()}: the output is distributed as {got.tolist()}, but "
                 f"p = {p.tolist()}: the rule for trees is broken")
@@ -77,19 +76,24 @@ def drafts_of_one_node(module, width, params, rows, seed=0):
     return tokens[:, 1:], q[:, 1:]
 
 
+def exact_siblings():
+    """{ordered triple: probability} of three draws without replacement."""
+    q, exact = pass_sampler.probs(LOGITS, Params(0.7)), {}
+    for order in itertools.permutations(range(5), 3):
+        a, b, c = q[list(order)].tolist()
+        exact[order] = a * b / (1 - a) * c / (1 - a - b)
+    return exact
+
+
 def siblings_p_value(module, seed=0):
     """Null hypothesis: ordered triples of siblings are drawn without replacement from q, 20,000 of them. Their q is as stated."""
     siblings, q = drafts_of_one_node(module, 3, Params(0.7), 20_000, seed)
-    exact, left = {}, pass_sampler.probs(LOGITS, Params(0.7))
-    for order in itertools.permutations(range(5), 3):
-        a, b, c = left[list(order)].tolist()
-        exact[order] = a * b / (1 - a) * c / (1 - a - b)
-    expected = left.expand(20_000, 5)
+    expected = pass_sampler.probs(LOGITS, Params(0.7)).expand(20_000, 5)
     for k in range(3):
         torch.testing.assert_close(q[:, k], expected)
         expected = expected.scatter(1, siblings[:, k:k + 1], 0)
         expected = expected / expected.sum(1, keepdim=True)
-    return p_value(siblings.tolist(), exact)
+    return p_value(siblings.tolist(), exact_siblings())
 
 
 def check_siblings(module):
@@ -98,6 +102,7 @@ def check_siblings(module):
 
 def test_siblings_are_drawn_from_the_q_that_they_come_with():
     check_siblings(pass_sampler)
+    check_power(exact_siblings(), 20_000, 0.04)
 
 
 def test_siblings_where_q_has_no_more_tokens_and_where_it_is_greedy():
@@ -132,7 +137,7 @@ def check_groups(module):
     lookahead = random_lookahead(model, 2)
     run = module.Run(model, [[1, 2, 3]], Params(1), lookahead, 20, tree=module.Tree(["0", "1", "00"]))
     module.prefill(run)
-    h = run.forward_tree(torch.tensor([[4, 5, 6, 7]]))
+    h = run.forward(torch.tensor([[4, 5, 6, 7]]), 2, run.tree)
     for node, path in enumerate([[4], [4, 5], [4, 6], [4, 5, 7]]):
         expected = module.prefill(module.Run(model, [[1, 2, 3, *path]], Params(1), lookahead, 20, length=2), 2)
         torch.testing.assert_close(torch.cat([h[:, node:node + 1], h[:, 4 + 2 * node:6 + 2 * node]], 1), expected)

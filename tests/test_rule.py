@@ -1,7 +1,8 @@
 """The rejection rule gives exactly p: by enumeration, not by sampling, through the code that the sampler runs.
 
 `draw` and `verify` are piecewise constant in their uniforms. Where p and q are multiples of 1/4, every threshold (p/q, or a
-cumulative share of a residual) is a multiple of 1/12, so the average over the 12 midpoints of a uniform *is* the integral.
+cumulative share of a residual) is a multiple of 1/12, so the average over one uniform from each twelfth *is* the integral. It is
+taken twice, over the beginnings and over the ends of the twelfths: a threshold that has moved ever so little shows in one of them.
 """
 import itertools
 from dataclasses import astuple
@@ -12,17 +13,17 @@ import pass_sampler
 import naive
 from pass_sampler import Params, draw, probs
 
-GRID = (torch.arange(12, dtype=torch.float64) + 0.5) / 12
+BEGINNINGS, ENDS = ((torch.arange(12, dtype=torch.float64) + at) / 12 for at in (1e-9, 1 - 1e-9))
 SIMPLEX = [torch.tensor(c, dtype=torch.float64) / 4 for c in itertools.product(range(5), repeat=3) if sum(c) == 4]  # V = 3
 
 
-def output_distribution(verify, p, q):
+def output_distribution(verify, p, q, grid):
     """Exact distribution of (accepted drafts, next token): p (L+1,V), q (L,V) -> {(token, ...): probability}."""
     L, V = q.shape
     drafts = torch.tensor(list(itertools.product(range(V), repeat=L))).view(V ** L, L)
     weight = q.gather(1, drafts.T).prod(0) if L else torch.ones(1, dtype=torch.float64)
     drafts, weight = drafts[weight > 0], weight[weight > 0]
-    u = torch.cartesian_prod(*[GRID] * (L + 1)).view(-1, L + 1)
+    u = torch.cartesian_prod(*[grid] * (L + 1)).view(-1, L + 1)
     B, n = len(drafts) * len(u), len(u)
     accepted, last = verify(p.expand(B, -1, -1), q.expand(B, -1, -1), drafts.repeat_interleave(n, 0), u.repeat(len(drafts), 1))
     total = {}
@@ -35,8 +36,8 @@ def output_distribution(verify, p, q):
 
 def check_rule(module, cases):
     """Whatever is kept, each token must have the probability p given those before it."""
-    for p, q in cases:
-        total = output_distribution(module.verify, p, q)
+    for (p, q), grid in itertools.product(cases, (BEGINNINGS, ENDS)):
+        total = output_distribution(module.verify, p, q, grid)
         for i in range(len(p)):
             # Texts that reach position i: those of more than i tokens. Given the first i, the next must be distributed as p_i.
             reached = {}
@@ -81,8 +82,8 @@ def test_zeros():
 def test_draw_is_exact_and_never_takes_a_zero():
     for weights in ([0, 1, 2, 0, 1], [0, 0, 4, 0, 0], [1, 1, 1, 1, 0]):
         p = torch.tensor(weights, dtype=torch.float64)
-        drawn = draw(p.expand(12, 5), GRID)
-        assert torch.equal(drawn.bincount(minlength=5) / 12, p / 4)
+        for grid in (BEGINNINGS, ENDS):
+            assert torch.equal(draw(p.expand(12, 5), grid).bincount(minlength=5) / 12, p / 4)
         ends = draw(p.expand(2, 5), torch.tensor([0, 1 - 2 ** -53], dtype=torch.float64))
         assert (p[ends] > 0).all()
 
