@@ -29,9 +29,9 @@ bench: .venv/bench models/smollm2/model.safetensors  ## the tables and pictures 
 	$(call measure,smollm2-length-paper,length --model models/smollm2 --lookahead demo/smollm2-paper-8.safetensors --kinds code --count 6 \
 		--new-tokens 64 --temperatures 0 --plot demo/results/smollm2-length-paper.svg)
 	$(call measure,smollm2-memory,memory $(SMOLLM2) --project)
-	$(call measure,smollm2-quality,quality $(SMOLLM2) --methods pass fused --count 5 --new-tokens 64)
-	$(call measure,smollm2-humaneval,quality $(SMOLLM2) --problems 10 --samples 10 --new-tokens 160 --execute)
-	$(call measure,smollm2-peers,peers $(SMOLLM2) --temperatures 0 --count 6 --new-tokens 64)
+	$(call measure,smollm2-quality,quality $(SMOLLM2) --count 4 --new-tokens 64)
+	$(call measure,smollm2-humaneval,quality $(SMOLLM2) --problems 6 --samples 10 --new-tokens 160 --execute)
+	$(call measure,smollm2-peers,peers $(SMOLLM2) --temperatures 0 --count 4 --new-tokens 64)
 
 mutants: .venv/ready  ## plant every known bug: caught / planted
 	.venv/bin/python tests/mutants.py

@@ -436,7 +436,7 @@ def plot(rows, file, x, y, series, facets):
     figure = importlib.import_module("matplotlib.figure")
     rows = [row for row in rows if x in row and row[x] != ""]
     panels = list(dict.fromkeys(tuple(row.get(f) for f in facets) for row in rows))
-    drawing = figure.Figure(figsize=(1 + 4 * len(panels), 3.6), layout="constrained")
+    drawing = figure.Figure(figsize=(3 + 3.5 * len(panels), 3.6), layout="constrained")
     for axes, panel in zip(drawing.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
         lines = {}
         for row in (row for row in rows if tuple(row.get(f) for f in facets) == panel):
@@ -447,7 +447,7 @@ def plot(rows, file, x, y, series, facets):
             axes.plot(*zip(*points), "o-", markersize=3, label=name)
         axes.set(title=", ".join(f"{f} {value}" for f, value in zip(facets, panel)), xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    drawing.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     metadata = {"Date": None} if file.suffix == ".svg" else None
     write_file(file, lambda temporary: drawing.savefig(temporary, format=file.suffix[1:], metadata=metadata))
 

@@ -311,7 +311,7 @@ def main():
             message = str(failure)
             survived.append(name)
         print(f"{'NOT CAUGHT' if name in survived else 'caught'}: {name} ({bug.module}: {bug.breaks}) by {bug.check.__name__}, "
-              f"{time.perf_counter() - start:.1f} s\n    {message.splitlines()[0]}", flush=True)
+              f"{time.perf_counter() - start:.1f} s\n    {message.partition(chr(10))[0]}", flush=True)
     print(f"{len(names) - len(survived)} caught / {len(names)} planted")
     sys.exit(1 if survived else 0)
 

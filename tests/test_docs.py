@@ -1,0 +1,41 @@
+"""What README.md says of the code is there."""
+import ast
+import re
+
+import pytest
+
+from common import ROOT
+
+README = (ROOT / "README.md").read_text()
+WALK = re.findall(r"^\|[^|]*\|[^|]*\| `([\w.]+)` \| `(.+)` \|$", README, re.M)  # function, line
+
+
+def functions():
+    """{name: source} of the functions and methods of the three files, a method by Class.name."""
+    found = {}
+    for file in ("model.py", "pass_sampler.py", "train_lookahead.py"):
+        source = (ROOT / file).read_text()
+        for node in ast.parse(source).body:
+            for inner in [node] + (node.body if isinstance(node, ast.ClassDef) else []):
+                if isinstance(inner, ast.FunctionDef):
+                    found[inner.name if inner is node else f"{node.name}.{inner.name}"] = ast.get_source_segment(source, inner)
+    return found
+
+
+@pytest.mark.parametrize("function, line", WALK)
+def test_walk_through_the_code(function, line):
+    assert line in functions()[function]
+
+
+def test_the_walk_is_whole():
+    assert len(WALK) >= 12 and {"parallel", "verify", "residual", "loss_and_gradient"} <= {function for function, _ in WALK}
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:demo|tests)/[\w./-]+|\w+\.py)`", README))))
+def test_files_exist(path):
+    assert (ROOT / path).exists() or (ROOT / "tests" / path).exists()
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"^    make (\w+)", README, re.M))))
+def test_targets_exist(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
