@@ -12,7 +12,7 @@ test: .venv/extras  ## the proofs
 	.venv/bin/python -m pytest -q tests
 
 # $(call measure,NAME,ARGUMENTS) writes demo/results/NAME.md and NAME.json.
-measure = mkdir -p demo/results; .venv/bin/python bench.py $(2) --json demo/results/$(1).json > $(1).part && mv $(1).part demo/results/$(1).md
+measure = mkdir -p demo/results; .venv/bin/python bench.py $(2) --json demo/results/$(1).json > .venv/$(1).md && mv .venv/$(1).md demo/results
 SMOLLM2 = --model models/smollm2 --lookahead demo/smollm2-lookahead.safetensors
 OWN = --model demo/model --lookahead demo/model/lookahead.safetensors --prompts demo/model/prompts.json
 STEPS = pass:unk pass:demo/smollm2-paper.safetensors pass:demo/smollm2-tv-memory.safetensors pass fused

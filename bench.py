@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from model import (DTYPES, Cache, InputError, Llama, check_writable, device_named, load_tokenizer, read_json, run_script,
                    write_file)
-from pass_sampler import (LOOKS_AHEAD, METHODS, Params, by_rank, choose_tree, generate, load_draft_model, load_lookahead, measure,
-                          run_columns)
+from pass_sampler import (LOOKS_AHEAD, METHODS, Params, by_rank, choose_tree, gains, generate, load_draft_model, load_lookahead,
+                          measure, run_columns)
 from train_lookahead import PROMPT, evaluate, own_texts
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -118,10 +118,11 @@ def compare(runs, args, prompts, params, what):
     """Decode every prompt by each of runs {name: what `decoder` returns}, interleaved, and set each against the first.
     Yields (name, row). "times as fast" is the median over prompts, between its quartiles; prefill and its token are not counted."""
     names, results = list(runs), {name: [] for name in runs}
-    for i in tqdm(range(-1, len(prompts)), what, leave=False, disable=None):  # -1 warms up
+    for decode in runs.values():
+        decode(0, params, args.seed, 4)  # warm up
+    for i in tqdm(range(len(prompts)), what, leave=False, disable=None):
         for name in names[i % len(names):] + names[:i % len(names)]:
-            result = runs[name](max(i, 0), params, args.seed + i, args.new_tokens if i >= 0 else 4)
-            results[name] += [result] if i >= 0 else []
+            results[name].append(runs[name](i, params, args.seed + i, args.new_tokens))
     each = {name: [(r["seconds"] - r["prefill_seconds"]) / (len(r["tokens"][0]) - 1) for r in rs] for name, rs in results.items()}
     for name, rs in results.items():
         ratio = [a / b for a, b in zip(each[names[0]], each[name])]
@@ -137,8 +138,20 @@ def described(args, prompts):
     return f"{len(lengths)} held-out prompts of {min(lengths)} to {max(lengths)} tokens, {args.new_tokens} new ones"
 
 
-LEGEND = ("Pass and fused without a name use {}. The tree is that of the first prompt. Times as fast: median over prompts of the "
-          "time a token of the first method by that of this one, prefill apart; from, to: its quartiles.")
+def legend(args, model, prompts, *more):
+    """What the tables of `compare` were measured on, and what their columns are."""
+    return (f"{machine(model, *more)}; {described(args, prompts)}. Pass and fused without a name use {args.lookahead}. The tree is "
+            "that of the first prompt. Times as fast: median over prompts of the time a token of the first method by that of this "
+            "one, prefill apart; from, to: its quartiles.")
+
+
+def samples(args, model, tokenizer, prompts, specs, t, what):
+    """Yields (spec, i, k, text) for sample k, of args.samples, by each method after each prompt i; all are independent."""
+    for number, spec in enumerate(specs):
+        decode = decoder(args, model, tokenizer, prompts, spec)
+        for i in tqdm(range(len(prompts)), f"{what}, {spec}, temperature {t:g}", leave=False, disable=None):
+            texts = decode(i, Params(t), args.seed + number * 10_000 + i, args.new_tokens, args.samples)["tokens"]
+            yield from ((spec, i, k, text) for k, text in enumerate(texts))
 
 
 # ------------------------------------------------------------------------------------------------------------------- commands
@@ -191,7 +204,7 @@ def speed(args):
     small = load_draft_model(args.draft_model, model, tokenizer) if args.draft_model else None
     runs = {kind: {spec: decoder(args, model, tokenizer, rows, spec, small=small) for spec in ["autoregressive", *args.methods]}
             for kind, rows in prompts.items()}
-    yield f"{machine(model)}; {described(args, prompts)}. {LEGEND.format(args.lookahead)}"
+    yield legend(args, model, prompts)
     for kind, rows in prompts.items():
         for params in settings:
             for spec, row in compare(runs[kind], args, rows, params, f"{kind}, temperature {params.temperature:g}"):
@@ -203,7 +216,7 @@ def speed(args):
 def length(args):
     """How many look-ahead tokens, and which tree: the best one within so many columns, by the acceptance in the file."""
     model, tokenizer, prompts = start(args)
-    yield f"{machine(model)}; {described(args, prompts)}. {LEGEND.format(args.lookahead)}"
+    yield legend(args, model, prompts)
     for kind, rows in prompts.items():
         lookahead = loaded(args.lookahead, model, tokenizer, tuple(rows[0]))
         known = len(lookahead.embeddings)
@@ -256,7 +269,7 @@ def memory(args):
         for t, table in lookahead.acceptance.items():
             L = len(table["by_position"])
             tree = choose_tree(table["by_rank"], seconds, 0)
-            gain = [[b - a for a, b in zip([0, *ranks], ranks)] for ranks in table["by_rank"]]
+            gain = gains(table["by_rank"])
             tokens = 1 + sum(math.prod(gain[d][int(k)] for d, k in enumerate(path)) for path in tree)
             taken = seconds[(1 + len(tree)) * (1 + max(map(len, tree), default=0))]
             yield {"model": name, "temperature": float(t), "plain tokens/s": args.rows / seconds[1], "pass, times as fast": (
@@ -274,6 +287,14 @@ def two_sample(a, b, rounds=9999):
     return (1 + (gap[1] >= gap[0] - 1e-12).sum().item()) / (1 + rounds)
 
 
+def log_p(model, prompt, text):
+    """Mean log probability of the tokens of `text` after `prompt`."""
+    tokens = torch.tensor([prompt + text], device=model.embedding.device)
+    at = torch.arange(tokens.shape[1] - 1, device=tokens.device)
+    h = model(tokens[:, :-1], at[None], Cache(model, 1, len(at)))[0, len(prompt) - 1:]
+    return model.logits(h).float().log_softmax(-1).gather(1, tokens[0, len(prompt):, None]).mean()
+
+
 @torch.inference_mode()
 def quality(args):
     """What must not change: samples of plain decoding and of each method, compared. With --problems, HumanEval."""
@@ -289,18 +310,11 @@ def quality(args):
         for t in args.temperatures:
             figures = {spec: {name: torch.empty(len(rows), args.samples) for name in ("log p", "tokens", "pairs %")}
                        for spec in specs}
-            for number, spec in enumerate(specs):
-                decode = decoder(args, model, tokenizer, rows, spec)
-                for i, prompt in enumerate(tqdm(rows, f"{kind}, {spec}, temperature {t:g}", leave=False, disable=None)):
-                    seed = args.seed + number * 10_000 + i  # samples that are independent of the other methods'
-                    for k, text in enumerate(decode(i, Params(t), seed, args.new_tokens, args.samples)["tokens"]):
-                        tokens = torch.tensor([prompt + text], device=model.embedding.device)
-                        at = torch.arange(tokens.shape[1] - 1, device=tokens.device)
-                        h = model(tokens[:, :-1], at[None], Cache(model, 1, len(at)))[0, len(prompt) - 1:]
-                        own = model.logits(h).float().log_softmax(-1).gather(1, tokens[0, len(prompt):, None])
-                        pairs = list(zip(text, text[1:]))
-                        for name, value in zip(figures[spec], (own.mean(), len(text), 100 * len(set(pairs)) / max(1, len(pairs)))):
-                            figures[spec][name][i, k] = value
+            for spec, i, k, text in samples(args, model, tokenizer, rows, specs, t, kind):
+                pairs = list(zip(text, text[1:]))
+                for name, value in zip(figures[spec], (log_p(model, rows[i], text), len(text),
+                                                       100 * len(set(pairs)) / max(1, len(pairs)))):
+                    figures[spec][name][i, k] = value
             for spec in specs:
                 yield {"text": kind, "temperature": t, "method": spec} | {key: value for name in figures[spec] for key, value in {
                     name: figures[spec][name].mean().item(), f"p-value, {name}":
@@ -361,15 +375,12 @@ def human_eval(args, model, tokenizer, specs):
     yield (f"{machine(model)}; the first {len(problems)} problems of HumanEval, {args.samples} samples each, of at most "
            f"{args.new_tokens} tokens; look-ahead {args.lookahead}. From, to: 95 %.")
     heads = [problem["prompt"].rstrip() for problem in problems]
+    prompts = [tokenizer.encode(head) for head in heads]
     for t in args.temperatures:
         right = {spec: torch.zeros(len(problems), args.samples) for spec in specs}
-        for number, spec in enumerate(specs):
-            decode = decoder(args, model, tokenizer, [tokenizer.encode(head) for head in heads], spec)
-            for i, (head, problem) in enumerate(zip(heads, tqdm(problems, spec, leave=False, disable=None))):
-                seed = args.seed + number * 10_000 + i
-                for k, text in enumerate(decode(i, Params(t), seed, args.new_tokens, args.samples)["tokens"]):
-                    end = re.split(r"\n(?=\S)", tokenizer.decode(text))[0]  # until something stands at the margin
-                    right[spec][i, k] = passes(f"{head}{end}\n{problem['test']}\ncheck({problem['entry_point']})")
+        for spec, i, k, text in samples(args, model, tokenizer, prompts, specs, t, "HumanEval"):
+            end = re.split(r"\n(?=\S)", tokenizer.decode(text))[0]  # until something stands at the margin
+            right[spec][i, k] = passes(f"{heads[i]}{end}\n{problems[i]['test']}\ncheck({problems[i]['entry_point']})")
         for spec in specs:
             row = {"temperature": t, "method": spec, "problems": len(problems), "samples": args.samples}
             for k in (k for k in (1, 10) if k <= args.samples):
@@ -405,8 +416,7 @@ def peers(args):
     def network(folder, dtype):
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).to(model.embedding.device).eval()
 
-    yield (f"{machine(model, f'transformers {transformers.__version__}')}; {described(args, prompts)}. "
-           f"{LEGEND.format(args.lookahead)}")
+    yield legend(args, model, prompts, f"transformers {transformers.__version__}")
     for kind, rows in prompts.items():
         runs = {f"ours: {spec}": decoder(args, model, tokenizer, rows, spec, small=small)
                 for spec in ["autoregressive", *args.methods]}

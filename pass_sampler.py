@@ -245,7 +245,7 @@ class Run:
         """
         last = last.tolist()
         if max(last) >= self.model.config.vocab_size:  # what `draw` makes of NaN
-            raise InputError(f"the model's logits are not finite, in {self.model.precision}: try --dtype float32, or no --lookahead")
+            raise InputError(f"the model's logits are not finite, in {self.model.precision}: try --dtype float32 or no --lookahead")
         drafts, accepted = (drafts.tolist(), accepted.tolist()) if drafts is not None else ([[]] * len(last), [0] * len(last))
         for row in (row for row, reason in enumerate(self.stop_reason) if reason is None):
             for i in range(len(drafts[row])):
@@ -505,6 +505,11 @@ def step_seconds(model, lookahead, rows):
 MARGIN = 1.15  # what a tree must promise over plain decoding: whole decodes of SmolLM2 gained up to .15 less than the estimate
 
 
+def gains(by_rank):
+    """What each rank adds to the ranks before it, [position][k]: the worth of a draft whose parent was accepted."""
+    return [[b - a for a, b in zip([0, *ranks], ranks[:10])] for ranks in by_rank]
+
+
 def choose_tree(by_rank, seconds, drafting):
     """The paths of the tree that gives the most tokens per unit of time; [] where none promises MARGIN times plain decoding.
 
@@ -522,7 +527,7 @@ def choose_tree(by_rank, seconds, drafting):
 
     best, rate = [], MARGIN / cost(1, 0)
     for depth in range(1, len(by_rank) + 1):
-        adds = [[b - a for a, b in zip([0, *ranks], ranks[:10])] for ranks in by_rank[:depth]]
+        adds = gains(by_rank[:depth])
         paths, tokens, open_paths = [], 1.0, {"0": adds[0][0]}
         while open_paths and (columns := (len(paths) + 2) * (1 + depth)) <= measured[-1]:
             path = max(open_paths, key=open_paths.get)

@@ -169,6 +169,11 @@ def own_texts(model, prompts, temperature, seed, length=160):
 
 # ---------------------------------------------------------------------------------------------------------------- evaluation
 
+def held_texts(model, held, seed):
+    """{temperature: texts} that the model writes after held-out prompts: what `evaluate` measures on."""
+    return {t: own_texts(model, some_prompts(held, 32, seed), t, seed) for t in TEMPERATURES}
+
+
 @torch.no_grad()
 def evaluate(model, lookahead, texts, position=0, ranks=5):
     """Acceptance on texts {temperature: (n,T)} that the model wrote itself, their first token at `position`.
@@ -260,7 +265,7 @@ def train(args, model, pool, held, settings):
             p.data.copy_(tensors[name])
             optimizer.state[p] = {k: tensors[f"{name}.{k}"].to("cpu" if k == "step" else p.device)
                                   for k in ("step", "exp_avg", "exp_avg_sq")}
-    texts = {t: own_texts(model, some_prompts(held, 32, args.seed), t, args.seed) for t in TEMPERATURES} if rank == 0 else {}
+    texts = held_texts(model, held, args.seed) if rank == 0 else {}
 
     def save_state():
         state = {f"{name}.{k}": v for name, p in parts.items() for k, v in optimizer.state[p].items()}
@@ -360,7 +365,7 @@ def main():
     pool, held = read_data(tokenizer, args.data, args.suffix)
     if args.evaluate:
         lookaheads = {spec: load_lookahead(spec, model, tokenizer, held[:TEXT].tolist()) for spec in args.evaluate}
-        texts = {t: own_texts(model, some_prompts(held, 32, args.seed), t, args.seed) for t in TEMPERATURES}
+        texts = held_texts(model, held, args.seed)
         print("| look-ahead | near position | " + " | ".join(f"accepted at t = {t:g} | expected" for t in TEMPERATURES) + " |")
         print("|---|---|" + "---|---|" * len(TEMPERATURES))
         for spec, lookahead in lookaheads.items():

@@ -134,6 +134,14 @@ def random_lookahead(llama, L, parts=("memory", "head"), seed=5, module=pass_sam
     return lookahead
 
 
+CODE = planted()
+
+
+def ends(n):
+    """Uniforms from each n-th of [0, 1), (n,): a little after the beginnings, and a little before the ends."""
+    return [(torch.arange(n, dtype=torch.float64) + at) / n for at in (1e-9, 1 - 1e-9)]
+
+
 def save(model, folder):
     """Write a model as a Hugging Face folder; its rotary scaling must be "default"."""
     c = model.config

@@ -14,6 +14,7 @@ import torch
 import naive
 
 TOLERANCE = 1e-6  # the angles of the rotary positions are float32
+CHANCE = ("draw", "verify", "verify_tree", "without_replacement")
 ROW = 1  # of a ragged batch of two, the one whose chances are enumerated; the other takes the middle of every uniform
 
 
@@ -81,9 +82,9 @@ def left_of(p, q):
     return [r / sum(rest) for r in rest] if sum(rest) > 1e-15 else p
 
 
-def enumerated(module, chance):
-    """Replacements for the module's functions of chance that ask `chance` for row ROW."""
-    real, used = {name: getattr(module, name) for name in ("draw", "verify", "verify_tree", "without_replacement")}, set()
+def enumerated(module, real, chance):
+    """Replacements for the module's functions of chance, {name: real function}, that ask `chance` for row ROW."""
+    used = set()
 
     def is_new(u):
         """The uniforms themselves are not used here, so a sampler that used one twice would not show."""
@@ -160,7 +161,7 @@ class Enough(Exception):
 
 def sampled(module, model, prompt, method, lookahead, params, n, room=4, **more):
     """{((token, was it an accepted draft?), ..): probability} of the first n of n + room tokens after `prompt`, beside a longer row."""
-    real = {name: getattr(module, name) for name in ("draw", "verify", "verify_tree", "without_replacement")}
+    real = {name: getattr(module, name) for name in CHANCE}
 
     def run(chance):
         text = []
@@ -170,7 +171,7 @@ def sampled(module, model, prompt, method, lookahead, params, n, room=4, **more)
                 text.append((token, from_draft))
                 if len(text) == n or token in model.config.stop_tokens:
                     raise Enough
-        vars(module).update(enumerated(module, chance))
+        vars(module).update(enumerated(module, real, chance))
         try:
             module.generate(model, [[0, 1, 2, 0, 1], prompt], method, lookahead, params, n + room, on_token=on_token, **more)
         except Enough:
@@ -215,7 +216,6 @@ def check_exact(code, method, settings=(1.0,), n=2, parts=(), stop=(), drafts=Tr
             assert abs(got - first * min(p[y], q[y])) < TOLERANCE, (
                 f"{method}: after {prompt} and {x} the draft {y} is accepted with probability {got / first:.6f}, but min(p, q) = "
                 f"{min(p[y], q[y]):.6f}: drafts do not come from the look-ahead's distribution q")
-
 
 
 def check_later_drafts(code, settings=(1.0, 2)):

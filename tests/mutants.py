@@ -7,7 +7,6 @@
 implementations of speculative sampling have had. A patch that no longer fits the source is an error, and so is a mutant that
 merely crashes. To add one: "what is wrong": mutant("the invariant", check, "old source, there exactly once", "new source").
 """
-
 import sys
 import time
 from pathlib import Path
@@ -16,16 +15,14 @@ from typing import Callable, NamedTuple
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import torch
 
-import test_fused
-import test_rule
-import test_samplers
-import test_train
 from common import planted
 from exact import check_exact, check_later_drafts
 from pass_sampler import Params
-from test_exact import check_model, check_stops
-
-BOTH = ("memory", "head")
+from test_exact import BOTH, check_model, check_stops
+from test_fused import check_groups, check_rollback, check_rule_for_trees, check_siblings
+from test_rule import check_probs, check_rule, check_zeros
+from test_samplers import check_joint
+from test_train import check_columns, check_frozen, check_gradients
 
 
 def exact_pass(code):
@@ -39,49 +36,8 @@ def exact_fused(code):
     check_exact(code, "fused", (2.0, 2), n=3, parts=BOTH, tree="0 1 00 10", drafts=False)
 
 
-def rule(code):
-    test_rule.check_rule(code.pass_sampler, test_rule.ONE + test_rule.TWO)
-
-
-def zeros(code):
-    test_rule.check_zeros(code.pass_sampler)
-
-
-def rule_for_trees(code):
-    test_fused.check_rule(code.pass_sampler)
-
-
-def definitions(code):
-    test_rule.check_probs(code.pass_sampler)
-
-
-def rows(code):
-    test_samplers.check_joint(code.pass_sampler, "pass", Params(1))
-
-
-def siblings(code):
-    test_fused.check_siblings(code.pass_sampler)
-
-
-def groups(code):
-    test_fused.check_groups(code.pass_sampler)
-
-
-def rollback(code):
-    test_fused.check_rollback(code.pass_sampler)
-
-
-def columns(code):
-    test_train.check_columns(code.train_lookahead, code.pass_sampler)
-
-
-def gradients(code):
-    for objective in ("ce", "kl", "tv"):
-        test_train.check_gradient(code.train_lookahead, objective)
-
-
-def frozen(code):
-    test_train.check_frozen(code)
+def independent_rows(code):
+    check_joint(code.pass_sampler, "pass", Params(1))
 
 
 class Mutant(NamedTuple):
@@ -101,47 +57,47 @@ PREFILL_SEES = "sees_memory=(0 <= own) & (own < L) if L and cache.memory else No
 COMMIT = "        run.commit(1 + accepted)\n        L ="
 MUTANTS = {
     # The rejection rule (Leviathan et al. 2022, algorithm 1)
-    "p in place of the residual": mutant("a rejected draft is drawn anew from norm(max(0, p - q))", rule,
+    "p in place of the residual": mutant("a rejected draft is drawn anew from norm(max(0, p - q))", check_rule,
         "rest = (p - q).clamp(min=0)", "rest = p"),
-    "residual of the absolute value": mutant("the residual is 0 where q > p", rule, "(p - q).clamp(min=0)", "(p - q).abs()"),
-    "residual not clamped": mutant("the residual is not negative", rule, "(p - q).clamp(min=0)", "(p - q)"),
-    "residual clamped to a small positive number": mutant("no token outside of p's support comes out", zeros,
+    "residual of the absolute value": mutant("the residual is 0 where q > p", check_rule, "(p - q).clamp(min=0)", "(p - q).abs()"),
+    "residual not clamped": mutant("the residual is not negative", check_rule, "(p - q).clamp(min=0)", "(p - q)"),
+    "residual clamped to a small positive number": mutant("no token outside of p's support comes out", check_zeros,
         "(p - q).clamp(min=0)", "(p - q).clamp(min=1e-9)"),
-    "the ratio inverted": mutant("accept while u < p/q", rule, "u[:, :-1] * q_draft < p_draft", "u[:, :-1] * p_draft < q_draft"),
-    "the ratio clamped from below": mutant("accept while u < p/q", rule, "u[:, :-1] * q_draft < p_draft",
+    "the ratio inverted": mutant("accept while u < p/q", check_rule, "u[:, :-1] * q_draft < p_draft", "u[:, :-1] * p_draft < q_draft"),
+    "the ratio clamped from below": mutant("accept while u < p/q", check_rule, "u[:, :-1] * q_draft < p_draft",
         "u[:, :-1] < (p_draft / q_draft).clamp(min=0.2)"),
-    "accepted where u equals p/q": mutant("a draft of p = 0 is rejected, at u = 0 too", zeros, "u[:, :-1] * q_draft < p_draft",
+    "accepted where u equals p/q": mutant("a draft of p = 0 is rejected, at u = 0 too", check_zeros, "u[:, :-1] * q_draft < p_draft",
         "u[:, :-1] * q_draft <= p_draft"),
-    "the ratio 5 % too large": mutant("accept while u < p/q", rule, "u[:, :-1] * q_draft < p_draft",
+    "the ratio 5 % too large": mutant("accept while u < p/q", check_rule, "u[:, :-1] * q_draft < p_draft",
         "u[:, :-1] * q_draft < 1.05 * p_draft"),
-    "half a percent of q not subtracted": mutant("the residual is p - q", rule, "rest = (p - q).clamp(min=0)",
+    "half a percent of q not subtracted": mutant("the residual is p - q", check_rule, "rest = (p - q).clamp(min=0)",
         "rest = (p - 0.995 * q).clamp(min=0)"),
-    "accepted if merely possible": mutant("accept while u < p/q", rule, "u[:, :-1] * q_draft < p_draft", "p_draft > 0"),
-    "argmax in place of a draw": mutant("what follows a rejection is drawn", rule, "draw(residual(p, q), u[:, -1])",
+    "accepted if merely possible": mutant("accept while u < p/q", check_rule, "u[:, :-1] * q_draft < p_draft", "p_draft > 0"),
+    "argmax in place of a draw": mutant("what follows a rejection is drawn", check_rule, "draw(residual(p, q), u[:, -1])",
         "residual(p, q).argmax(-1)"),
-    "a draft accepted after a rejection": mutant("nothing after the first rejection is kept", rule,
+    "a draft accepted after a rejection": mutant("nothing after the first rejection is kept", check_rule,
         "accept.long().cumprod(1).sum(1)", "accept.long().sum(1)"),
-    "q of the last draft subtracted from the bonus": mutant("after L acceptances draw from p itself", rule,
+    "q of the last draft subtracted from the bonus": mutant("after L acceptances draw from p itself", check_rule,
         "F.pad(q, (0, 0, 0, 1))[rows", "torch.cat([q, q[:, -1:]], 1)[rows"),
-    "the bonus from the row before": mutant("after a acceptances draw from p_{a+1}", rule, "p, q = p[rows, accepted],",
+    "the bonus from the row before": mutant("after a acceptances draw from p_{a+1}", check_rule, "p, q = p[rows, accepted],",
         "p, q = p[rows, accepted.clamp(max=p.shape[1] - 2)],"),
-    "one random number for accepting and drawing": mutant("accepting and drawing are independent", rule,
+    "one random number for accepting and drawing": mutant("accepting and drawing are independent", check_rule,
         "draw(residual(p, q), u[:, -1])", "draw(residual(p, q), u[:, 0])"),
-    "the draw may take a token of weight 0": mutant("a token of probability 0 never comes out", zeros, "right=True)[..., 0]",
+    "the draw may take a token of weight 0": mutant("a token of probability 0 never comes out", check_zeros, "right=True)[..., 0]",
         "right=False)[..., 0]"),
     # The rule for several candidates
-    "p not reduced after a rejection": mutant("p <- norm(max(0, p - q)) after each sibling", rule_for_trees,
+    "p not reduced after a rejection": mutant("p <- norm(max(0, p - q)) after each sibling", check_rule_for_trees,
         "rest = torch.where(tried[:, None], residual(rest, q[:, i]), rest)", "pass"),
-    "p reduced but not renormalised": mutant("the residual is a distribution", rule_for_trees,
+    "p reduced but not renormalised": mutant("the residual is a distribution", check_rule_for_trees,
         "return torch.where(total > 0, rest / total, p)", "return torch.where(total > 0, rest, p)"),
-    "a sibling tried after one was accepted": mutant("one child of a node is accepted at most", rule_for_trees,
+    "a sibling tried after one was accepted": mutant("one child of a node is accepted at most", check_rule_for_trees,
         "tried = node == above", "tried = (node == above) | (node > 0)"),
-    "a draft that could not be drawn is kept": mutant("a draft of q = 0 is no draft", rule_for_trees,
+    "a draft that could not be drawn is kept": mutant("a draft of q = 0 is no draft", check_rule_for_trees,
         "accept = tried & (q_draft > 0) &", "accept = tried &"),
-    "siblings drawn with replacement": mutant("siblings are drawn without replacement", siblings,
+    "siblings drawn with replacement": mutant("siblings are drawn without replacement", check_siblings,
         "tokens = (q / arrival).topk(k).indices",
         "tokens = torch.stack([(q / torch.empty_like(arrival).exponential_(generator=generator))" ".argmax(-1) for _ in range(k)], -1)"),
-    "the same arrival times for all siblings' q": mutant("siblings are drawn without replacement", siblings,
+    "the same arrival times for all siblings' q": mutant("siblings are drawn without replacement", check_siblings,
         "tokens = (q / arrival).topk(k).indices", "tokens = q.topk(k).indices"),
     "q not renormalised without the siblings": mutant("each sibling's q is what it was drawn from", exact_fused,
         "return tokens, torch.where(total > 0, left / total, 0)", "return tokens, left"),
@@ -152,17 +108,17 @@ MUTANTS = {
         "verify(p, q ** 2 / (q ** 2).sum(-1, keepdim=True), drafts, run"),
     "q in another precision": mutant("the rule is given the q of the drafts", exact_pass, "verify(p, q, drafts, run",
         "verify(p, q.bfloat16().to(q), drafts, run"),
-    "top-p before the temperature": mutant("temperature, then top-k, then top-p", definitions,
+    "top-p before the temperature": mutant("temperature, then top-k, then top-p", check_probs,
         "logits = (logits - logits.amax(-1, keepdim=True)) / max(params.temperature, 1e-30)",
         "logits = (logits - logits.amax(-1, keepdim=True))", "    return p\n\n\ndef draw(",
         "    p = p ** (1 / max(params.temperature, 1e-30))\n    return p / p.sum(-1, keepdim=True)\n\n\ndef draw("),
-    "top-p without the token that crosses it": mutant("top-p keeps the token that crosses the threshold", definitions,
+    "top-p without the token that crosses it": mutant("top-p keeps the token that crosses the threshold", check_probs,
         "before = falling.cumsum(-1) - falling", "before = falling.cumsum(-1)"),
-    "top-p not renormalised": mutant("p is a distribution", definitions, "p = p / p.sum(-1, keepdim=True)", "pass"),
-    "top-k cuts ties by position": mutant("what ties with the k-th token is kept", definitions,
+    "top-p not renormalised": mutant("p is a distribution", check_probs, "p = p / p.sum(-1, keepdim=True)", "pass"),
+    "top-k cuts ties by position": mutant("what ties with the k-th token is kept", check_probs,
         "logits.masked_fill(logits < logits.topk(params.top_k).values[..., -1:], -math.inf)",
         "torch.full_like(logits, -math.inf).scatter(-1, (top := logits.topk(params.top_k)).indices, top.values)"),
-    "top-k off by one": mutant("top-k keeps k tokens", definitions, "values[..., -1:], -math.inf)",
+    "top-k off by one": mutant("top-k keeps k tokens", check_probs, "values[..., -1:], -math.inf)",
         "values[..., -2:-1], -math.inf)"),
     # The methods
     "drafts judged by the columns after them": mutant("p_i follows i - 1 drafts", exact_pass, "drafts], 1))))  # pass 2",
@@ -178,25 +134,25 @@ MUTANTS = {
         "h = run.forward(x[:, None], L)\n        run.commit(1 + (L > 0))"),
     "positions of row 0 for all rows": mutant("rows may differ in length", exact_pass, "self.cache.length[:, None] + offset,",
         "self.cache.length[:1, None] + offset,"),
-    "look-ahead one position too far": mutant("LA_j stands where x_{n+j} will", columns, OFFSET,
+    "look-ahead one position too far": mutant("LA_j stands where x_{n+j} will", check_columns, OFFSET,
         "else (column + (column >= tokens.shape[1]), None)"),
-    "look-ahead all at one position": mutant("LA_j stands where x_{n+j} will", columns, OFFSET,
+    "look-ahead all at one position": mutant("LA_j stands where x_{n+j} will", check_columns, OFFSET,
         "else (column * (column < 1), None)"),
     "memory seen by ordinary tokens": mutant("the model is untouched", exact_pass, SEES,
         "sees_memory=column >= 0 if L and self.cache.memory else None"),
     "memory seen by the prompt": mutant("the model is untouched", check_model, PREFILL_SEES,
         "sees_memory=own < L if L and cache.memory else None"),
-    "memory not seen by the look-ahead": mutant("the memory serves the look-ahead", columns, SEES, "sees_memory=None"),
-    "memory not seen by the first look-ahead": mutant("the memory serves the look-ahead", columns, PREFILL_SEES,
+    "memory not seen by the look-ahead": mutant("the memory serves the look-ahead", check_columns, SEES, "sees_memory=None"),
+    "memory not seen by the first look-ahead": mutant("the memory serves the look-ahead", check_columns, PREFILL_SEES,
         "sees_memory=None"),
     "the first group after the padding": mutant("LA_1 follows the prompt of its own row", check_model,
         "group = count[:, None] + torch.arange(L", "group = count.max() + 0 * count[:, None] + torch.arange(L"),
-    "rows share their random numbers": mutant("rows are independent", rows, "torch.rand(len(self.prompts), n,",
+    "rows share their random numbers": mutant("rows are independent", independent_rows, "torch.rand(len(self.prompts), n,",
         "torch.rand(1, n,", "device=self.device)\n\n    def probs",
         "device=self.device).expand(len(self.prompts), -1)\n\n    def probs"),
-    "the head is given the first token throughout": mutant("each q is given the draft before it", columns, "drafts[j][:, None])",
+    "the head is given the first token throughout": mutant("each q is given the draft before it", check_columns, "drafts[j][:, None])",
         "drafts[0][:, None])"),
-    "drafts without the head": mutant("the head corrects q", columns, "best = best + (rows", "best + (rows"),
+    "drafts without the head": mutant("the head corrects q", check_columns, "best = best + (rows", "best + (rows"),
     "judged by a q without the head": mutant("the rule is given the q of the drafts", exact_pass,
         "torch.stack(drafts[1:], 1), torch.stack(q, 1)", "torch.stack(drafts[1:], 1), run.probs(logits)"),
     "one q for all drafts": mutant("the rule is given the q of the drafts", exact_pass,
@@ -206,7 +162,7 @@ MUTANTS = {
         "[[a.startswith(b) or len(a) == len(b) and b < a for b in nodes] for a in nodes]"),
     "nodes see the root's group": mutant("ordinary tokens never see look-ahead tokens", exact_fused,
         "torch.cat([F.pad(above, (0, len(groups))),", "torch.cat([F.pad(above, (0, len(groups)), value=True),"),
-    "a group sees the groups before it": mutant("a group sees its node, that one's ancestors, and itself", groups,
+    "a group sees the groups before it": mutant("a group sees its node, that one's ancestors, and itself", check_groups,
         "torch.block_diag(*[inside] * n)", "torch.ones(n * self.depth, n * self.depth).tril().bool()"),
     "the accepted path not moved down": mutant("the cache holds the text", exact_fused, "None if tree.chain else path", "None"),
     "positions by column in place of depth": mutant("siblings share a position", exact_fused,
@@ -217,11 +173,11 @@ MUTANTS = {
         "q[:, i].scatter_(1, ids, left[:, parent, k])", "q[:, i].scatter_(1, ids, left[:, 0, k])"),
     "the root's group drafts, whatever was accepted": mutant("drafts follow the last accepted node", check_later_drafts,
         "group = n + node[:, None] * tree.depth +", "group = n + 0 * node[:, None] +"),
-    "the draft model keeps a rejected draft": mutant("both caches roll back to the same text", rollback,
+    "the draft model keeps a rejected draft": mutant("both caches roll back to the same text", check_rollback,
         "small.cache.length = run.cache.length", "small.cache.length = run.cache.length + (accepted < drafts.shape[1] - 1)"),
-    "the draft model does not roll back": mutant("both caches roll back to the same text", rollback,
+    "the draft model does not roll back": mutant("both caches roll back to the same text", check_rollback,
         "small.cache.length = run.cache.length", "small.cache.length = small.cache.length"),
-    "the draft model never reads its last draft": mutant("both caches hold the text", rollback,
+    "the draft model never reads its last draft": mutant("both caches hold the text", check_rollback,
         "        small.forward(drafts[-1][:, None])", "        0 and small.forward(drafts[-1][:, None])"),
     "one random number for all drafts": mutant("each decision has a random number of its own", exact_pass, "draw(q[j], u[:, j])",
         "draw(q[j], u[:, 0])"),
@@ -266,20 +222,20 @@ MUTANTS = {
     "blocks begin in the memory": mutant("slots are [memory | committed | block]", check_model,
         "* slots + self.memory + self.length)", "* slots + self.length)", module="model"),
     # Training
-    "kl the wrong way round": mutant("the gradient is that of KL(p || q)", gradients, "g = q - p", "g = p - q",
+    "kl the wrong way round": mutant("the gradient is that of KL(p || q)", check_gradients, "g = q - p", "g = p - q",
         module="train_lookahead"),
-    "tv without its normalisation": mutant("dq_y / dlogit_x = q_y (1[x = y] - q_x)", gradients,
+    "tv without its normalisation": mutant("dq_y / dlogit_x = q_y (1[x = y] - q_x)", check_gradients,
         "g = q * below.sum(-1, keepdim=True) - below", "g = -below", module="train_lookahead"),
-    "trained for the token before": mutant("LA_j is trained for x_{n+j+1}", columns, "text.gather(1, before + 1).flatten()",
+    "trained for the token before": mutant("LA_j is trained for x_{n+j+1}", check_columns, "text.gather(1, before + 1).flatten()",
         "text.gather(1, before).flatten()", module="train_lookahead"),
-    "trained one position too far": mutant("trained columns are the sampler's", columns, "offset[:, None] + before, cache,",
+    "trained one position too far": mutant("trained columns are the sampler's", check_columns, "offset[:, None] + before, cache,",
         "offset[:, None] + before + 1, cache,", module="train_lookahead"),
-    "groups see each other in training": mutant("trained columns are the sampler's", columns,
+    "groups see each other in training": mutant("trained columns are the sampler's", check_columns,
         "visible=torch.block_diag(*[inside] * M)", "visible=torch.ones(M * L, M * L).tril().bool()", module="train_lookahead"),
-    "a weight of the frozen model moves": mutant("the model is frozen", frozen, "        optimizer.step()\n",
+    "a weight of the frozen model moves": mutant("the model is frozen", check_frozen, "        optimizer.step()\n",
         "        optimizer.step()\n        model.norm.data += 1e-6\n", module="train_lookahead"),
 }
-SLOW = (rows,)
+SLOW = (independent_rows,)
 
 
 def caught(name):

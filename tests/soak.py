@@ -33,15 +33,15 @@ def against_uniform(p):
 def one(seed):
     """The name and the p-values of one test, chosen and seeded by `seed`."""
     chance = random.Random(seed)
-    method, params, make = chance.choice(list(METHODS)), chance.choice(SETTINGS), chance.choice([look_ahead, random_lookahead])
+    method, params = chance.choice(list(METHODS)), chance.choice(SETTINGS)
+    parts, make = chance.choice([("embeddings only", look_ahead), ("memory and head", random_lookahead)])
     kind = chance.choice(["joint"] * 8 + ["single", "siblings"])
     if kind == "single":
         return f"single rows, {method}", [single_p_value(pass_sampler, method, seed * 10_000)]
     if kind == "siblings":
         return "siblings", [siblings_p_value(pass_sampler, seed)]
     more = dict(tree=chance.choice(TREES)) if method == "fused" else {}
-    return f"{method}, {params}, {make.__name__ if make is random_lookahead else 'embeddings only'}, {more}", joint_p_values(
-        pass_sampler, method, params, make, seed * 10_000, **more)
+    return f"{method}, {params}, {parts}, {more}", joint_p_values(pass_sampler, method, params, make, seed * 10_000, **more)
 
 
 def main():

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 import naive
-from common import planted, random_lookahead, tiny
+from common import CODE, random_lookahead, tiny
 from exact import check_exact, check_later_drafts
 
-CODE = planted()
 SETTINGS = [(0.0,), (1.0,), (0.5,), (1.0, 2), (1.0, 0, 0.7), (0.7, 2, 0.8), (1.5, 2)]  # temperature, top-k, top-p
 BOTH = ("memory", "head")
 
@@ -124,7 +123,7 @@ def check_stops(code):
         def ends(n, context=64, stop=()):
             model = code.tiny(6, seed=4, context=context, stop=stop)
             own = dict(draft_model=model, length=2) if method == "draft-model" else more  # every draft is right: long runs
-            lookahead = code.random_lookahead(model, 2) if method in ("pass", "fused") else None
+            lookahead = code.random_lookahead(model, 2) if method in code.pass_sampler.LOOKS_AHEAD else None
             result = code.pass_sampler.generate(model, [prompt], method, lookahead, code.pass_sampler.Params(0), n, **own)
             return result["tokens"][0], result["stop_reason"][0]
         for n in range(1, 9):

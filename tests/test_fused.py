@@ -5,23 +5,23 @@ import pytest
 import torch
 
 import pass_sampler
-from common import ALPHA, check_power, p_value, random_lookahead, tiny
+from common import ALPHA, CODE, check_power, ends, p_value, random_lookahead, tiny
 from pass_sampler import Params, Tree, choose_tree, generate
 from test_samplers import check_joint, look_ahead
 
 # ------------------------------------------------------------------------------------------------------- the rule, enumerated
 
 THIRDS = [torch.tensor(c, dtype=torch.float64) / 3 for c in itertools.product(range(4), repeat=3) if sum(c) == 3]
-GRIDS = [{n: (torch.arange(n, dtype=torch.float64) + at) / n for n in (12, 60)} for at in (1e-9, 1 - 1e-9)]  # see test_rule.py
 
 
-def first_token(module, p, q, candidates, grid):
+def first_token(verify_tree, p, q, candidates, twelfths, sixtieths):
     """Exact distribution (V,) of the first token where `candidates` siblings are drawn from q without replacement, in any order.
 
-    p, q (V,) in thirds: then all that decides is at a multiple of 1/12 (accepting) or 1/60 (the last draw). An order that runs out of tokens with q > 0 goes on with others, at q = 0.
+    p, q (V,) in thirds: then all that decides is at a multiple of 1/12 (accepting) or 1/60 (the last draw), see test_rule.py. An
+    order that runs out of tokens with q > 0 goes on with others, at q = 0.
     """
     V, total = len(p), 0
-    u = torch.cartesian_prod(grid[60], *[grid[12]] * candidates)
+    u = torch.cartesian_prod(sixtieths, *[twelfths] * candidates)
     for order in itertools.permutations(range(V), candidates):
         weight, left, qs = 1.0, q.clone(), [torch.zeros(V, dtype=q.dtype)]
         for k, token in enumerate(order):
@@ -34,16 +34,16 @@ def first_token(module, p, q, candidates, grid):
             n = len(u)
             tokens = torch.tensor([[0, *order]]).expand(n, -1)
             ps = torch.stack([p] + [torch.full_like(p, 1 / V)] * candidates).expand(n, -1, -1)
-            node, last = module.verify_tree([0] * candidates, ps, torch.stack(qs).expand(n, -1, -1), tokens, u)
+            node, last = verify_tree([0] * candidates, ps, torch.stack(qs).expand(n, -1, -1), tokens, u)
             first = torch.where(node > 0, tokens.gather(1, node[:, None])[:, 0], last)
             total += weight * first.bincount(minlength=V).double() / n
     return total
 
 
-def check_rule(module):
+def check_rule_for_trees(code):
     for candidates, step in ((1, 1), (2, 1), (3, 3)):
-        for p, q, grid in itertools.product(THIRDS[::step], THIRDS, GRIDS):
-            got = first_token(module, p, q, candidates, grid)
+        for p, q, grids in itertools.product(THIRDS[::step], THIRDS, zip(ends(12), ends(60))):
+            got = first_token(code.pass_sampler.verify_tree, p, q, candidates, *grids)
             assert torch.allclose(got, p, atol=1e-12), (
                 f"{candidates} candidates from q = {q.tolist()}: the output is distributed as {got.tolist()}, but "
                 f"p = {p.tolist()}: the rule for trees is broken")
@@ -51,7 +51,7 @@ def check_rule(module):
 
 def test_rule_for_trees_is_exact():
     """All p and q in thirds over three tokens: ties, zeros, supports that do not overlap, fewer tokens than candidates."""
-    check_rule(pass_sampler)
+    check_rule_for_trees(CODE)
 
 
 def test_chain_is_the_rule_of_the_paper():
@@ -96,12 +96,12 @@ def siblings_p_value(module, seed=0):
     return p_value(siblings.tolist(), exact_siblings())
 
 
-def check_siblings(module):
-    assert siblings_p_value(module) > ALPHA, "siblings are not drawn from q without replacement"
+def check_siblings(code):
+    assert siblings_p_value(code.pass_sampler) > ALPHA, "siblings are not drawn from q without replacement"
 
 
 def test_siblings_are_drawn_from_the_q_that_they_come_with():
-    check_siblings(pass_sampler)
+    check_siblings(CODE)
     check_power(exact_siblings(), 20_000, 0.04)
 
 
@@ -129,11 +129,11 @@ def test_trees_follow_the_model(monkeypatch):
 
 def test_groups_see_their_node_and_its_ancestors_only():
     """After a block with a tree, each group's states are those of a plain drafting pass after the text and the node's path."""
-    check_groups(pass_sampler)
+    check_groups(CODE)
 
 
-def check_groups(module):
-    model = tiny(30)
+def check_groups(code):
+    module, model = code.pass_sampler, tiny(30)
     lookahead = random_lookahead(model, 2)
     run = module.Run(model, [[1, 2, 3]], Params(1), lookahead, 20, tree=module.Tree(["0", "1", "00"]))
     module.prefill(run)
@@ -195,9 +195,10 @@ def test_auto_without_a_tree_is_plain_decoding(monkeypatch):
     assert generate(model, [[1]], "fused", look_ahead(model, 3), Params(0), 9)["tree"].startswith("0")
 
 
-def check_rollback(module):
+def check_rollback(code):
     """With the model as its own draft model q is p at every position, whatever was rejected before: both caches hold the same text."""
-    model, g, verify, steps = tiny(30), torch.Generator().manual_seed(0), module.verify, []
+    module, model, g, steps = code.pass_sampler, tiny(30), torch.Generator().manual_seed(0), []
+    verify = module.verify
 
     def any_number(p, q, drafts, u):
         torch.testing.assert_close(q, p[:, :-1], msg="the draft model reads another text than the model")
@@ -213,7 +214,7 @@ def check_rollback(module):
 
 
 def test_draft_model_rolls_back():
-    check_rollback(pass_sampler)
+    check_rollback(CODE)
 
 
 def test_draft_model_must_share_the_vocabulary():

@@ -18,7 +18,7 @@ import pass_sampler
 import train_lookahead
 from common import ROOT, random_lookahead, run_main, tiny
 from model import InputError, Llama, load_tokenizer, write_tensors
-from pass_sampler import METHODS, Params, generate, load_lookahead
+from pass_sampler import METHODS, Params, generate
 
 
 @pytest.fixture
@@ -141,12 +141,6 @@ def test_lookahead_that_overflows():
         lookahead.embeddings.fill_(3e38)
         with pytest.raises(InputError, match="not finite"):
             generate(model, [[1, 2]], method, lookahead, Params(0), 9, tree="0 00")
-
-
-def test_lookahead_of_another_model(folder, tmp_path):
-    write_tensors({"embeddings": torch.zeros(2, 16)}, tmp_path / "file.safetensors", {"lookahead": '{"model": "another"}'})
-    with pytest.raises(InputError, match="another model"):
-        load_lookahead(tmp_path / "file.safetensors", Llama.load(folder), load_tokenizer(folder, 320), [1])
 
 
 # ------------------------------------------------------------------------------------------------------------------ prompts

@@ -22,32 +22,34 @@ from safetensors.torch import load_file
 
 import pass_sampler
 import train_lookahead
-from common import ROOT, random_lookahead, run_main, tiny
+from common import CODE, ROOT, random_lookahead, run_main, tiny
 from model import Cache, Llama, attention, load_tokenizer
 from pass_sampler import Lookahead, Params
 
 
-def check_gradient(module, objective):
-    model, g = tiny(11), torch.Generator().manual_seed(0)
-    h, target = (torch.randn(8, 16, dtype=torch.float64, generator=g).requires_grad_(i == 0) for i in range(2))
-    tokens = torch.randint(11, (8,), generator=g)
-    p, q = model.logits(target).softmax(-1), model.logits(h).softmax(-1)
-    expected = {"ce": F.nll_loss(q.log(), tokens, reduction="sum"), "kl": (p * (p / q).log()).sum(),
-                "tv": (p - q).abs().sum() / 2}[objective]
-    loss, gradient = module.loss_and_gradient(model, h.detach(), target, tokens, objective, columns=3)
-    expected.backward()
-    torch.testing.assert_close(loss.double(), expected.detach(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(gradient, h.grad, atol=1e-5, rtol=1e-5)
+def check_gradients(code, objectives=("ce", "kl", "tv")):
+    """Against autograd through the definitions, in pieces of 3 columns."""
+    for objective in objectives:
+        model, g = tiny(11), torch.Generator().manual_seed(0)
+        h, target = (torch.randn(8, 16, dtype=torch.float64, generator=g).requires_grad_(i == 0) for i in range(2))
+        tokens = torch.randint(11, (8,), generator=g)
+        p, q = model.logits(target).softmax(-1), model.logits(h).softmax(-1)
+        expected = {"ce": F.nll_loss(q.log(), tokens, reduction="sum"), "kl": (p * (p / q).log()).sum(),
+                    "tv": (p - q).abs().sum() / 2}[objective]
+        loss, gradient = code.train_lookahead.loss_and_gradient(model, h.detach(), target, tokens, objective, columns=3)
+        expected.backward()
+        torch.testing.assert_close(loss.double(), expected.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gradient, h.grad, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["ce", "kl", "tv"])
 def test_gradient_is_that_of_the_objective(objective):
-    """Against autograd through the definitions, in pieces of 3 columns."""
-    check_gradient(train_lookahead, objective)
+    check_gradients(CODE, [objective])
 
 
-def check_columns(train_module, sampler_module):
+def check_columns(code):
     """A group trained after n tokens of a text gives the q that the sampler drafts from after those n tokens."""
+    train_module, sampler_module = code.train_lookahead, code.pass_sampler
     model, g = tiny(30), torch.Generator().manual_seed(0)
     lookahead = random_lookahead(model, 3).fit(model)
     text, places = torch.randint(30, (2, 12), generator=g), torch.tensor([[1, 4, 8], [3, 4, 2]])
@@ -74,7 +76,7 @@ def check_columns(train_module, sampler_module):
 
 
 def test_trained_columns_are_the_columns_of_the_sampler():
-    check_columns(train_lookahead, pass_sampler)
+    check_columns(CODE)
 
 
 def test_attention_for_training_is_the_attention_of_sampling():
