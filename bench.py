@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from model import (DTYPES, Cache, InputError, Llama, check_writable, device_named, load_tokenizer, read_json, run_script,
                    write_file)
-from pass_sampler import (LOOKS_AHEAD, METHODS, Params, by_rank, choose_tree, gains, generate, load_draft_model, load_lookahead,
-                          measure, run_columns)
+from pass_sampler import (LOOKS_AHEAD, METHODS, Params, choose_tree, gains, generate, known_acceptance, load_draft_model,
+                          load_lookahead, measure, run_columns)
 from train_lookahead import PROMPT, evaluate, own_texts
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -225,7 +225,7 @@ def length(args):
             for L in sorted({min(L, known) for L in args.lengths}):
                 runs["pass", L, 1 + L] = decoder(args, model, tokenizer, rows, "pass", L)
             for columns in args.columns:  # as if so many columns cost what one costs
-                if tree := choose_tree(by_rank(lookahead, t), {1: 1.0, columns: 1.0}, 0):
+                if tree := choose_tree(known_acceptance(lookahead, t), {1: 1.0, columns: 1.0}, 0):
                     depth, spec = max(map(len, tree)), f"fused={' '.join(tree)}"
                     runs["fused", depth, (1 + len(tree)) * (1 + depth)] = decoder(args, model, tokenizer, rows, spec)
             runs["fused, auto", "", ""] = decoder(args, model, tokenizer, rows, "fused")

@@ -302,7 +302,7 @@ def prefill(run, L=0):
     h = h[rows, count[:, None] - 1 + torch.arange(1 + L, device=device)]
     cache.commit(count)
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     run.passes, run.prefill_seconds = 1, time.perf_counter() - run.start
     return h
 
@@ -486,20 +486,26 @@ def run_columns(model, cache, T):
 
 @lru_cache(4)
 def step_seconds(model, lookahead, rows):
-    """({T: seconds of a pass of T columns}, seconds of drafting and judging for each depth of a tree) on this machine. Takes a
-    second, once for a model, look-ahead and number of rows."""
-    cache, run = Cache(model, rows, 160), Run(model, [[0]] * rows, Params(1), lookahead, tree=Tree(["0"], model.embedding.device))
+    """({T: seconds of a pass of T columns}, seconds of drafting for each depth of a tree, and of drafting and judging for each draft)
+    on this machine. Takes a second, once for a model, look-ahead and number of rows."""
+    cache, run = Cache(model, rows, 160), Run(model, [[0]] * rows, Params(1), lookahead)
     cache.commit(128)
-    h, logits = run_columns(model, cache, 2)
+    h, logits = run_columns(model, cache, 5)
 
-    def draft_and_judge():
-        tokens, q = draft_tree(run, run.tree, h, logits, torch.zeros_like(cache.length))
-        verify_tree(run.tree.parent, run.probs(logits), q, tokens, run.uniform(2))[1].tolist()
-    # Drafting comes right after a pass: the head's weights are then as far away as they will be.
-    passes = {T: partial(run_columns, model, cache, T) for T in (1, 4, 8, 16, 32)}
-    seconds = measure(passes | {"drafting": draft_and_judge}, range(6))
-    drafting = seconds.pop("drafting")
-    return seconds, drafting
+    def draft_and_judge(tree):
+        tokens, q = draft_tree(run, tree, h, logits, torch.zeros_like(cache.length))
+        p = run.probs(logits[:, :q.shape[1]])
+        verify_tree(tree.parent, p, q, tokens, run.uniform(q.shape[1]))[1].tolist()
+    functions = {}
+    for T, drafts in ((1, 1), (4, 4), (8, 0), (16, 0), (32, 0)):
+        functions[T] = partial(run_columns, model, cache, T)
+        if drafts:  # right after a pass: the head's weights are then as far away as they will be
+            tree = Tree([str(rank) for rank in range(drafts)], model.embedding.device)
+            functions[f"{drafts} drafts"] = partial(draft_and_judge, tree)
+    seconds = measure(functions, range(6))
+    one, four = seconds.pop("1 drafts"), seconds.pop("4 drafts")
+    each = max(0.0, four - one) / 3
+    return seconds, one - each, each
 
 
 MARGIN = 1.15  # what a tree must promise over plain decoding: whole decodes of SmolLM2 gained up to .15 less than the estimate
@@ -510,26 +516,28 @@ def gains(by_rank):
     return [[b - a for a, b in zip([0, *ranks], ranks[:10])] for ranks in by_rank]
 
 
-def choose_tree(by_rank, seconds, drafting):
+def choose_tree(by_rank, seconds, drafting, judging=0.0):
     """The paths of the tree that gives the most tokens per unit of time; [] where none promises MARGIN times plain decoding.
 
-    by_rank: as that function gives it.  seconds, drafting: of `step_seconds`.
+    by_rank: of `known_acceptance`.  seconds, drafting, judging: of `step_seconds`.
     A draft is worth the probability that it is accepted: the product, down its path, of what its rank adds. N drafts give
-    1 + the sum of their worths tokens a pass, for the time of (1+N)(1+depth) columns and of the drafting. For each depth, grow the
+    1 + the sum of their worths tokens a pass, for the time of (1+N)(1+depth) columns, drafting and judging. For each depth, grow the
     tree by the draft that is worth most as long as the cost of its columns was measured; keep the best tree on the way.
     """
     measured = sorted(seconds)
 
-    def cost(columns, depth):
+    def cost(drafts, depth):
+        columns = (1 + drafts) * (1 + depth)
         above = min(T for T in measured if T >= columns)
         below = max(T for T in measured if T <= columns)
-        return seconds[below] + (seconds[above] - seconds[below]) * (columns - below) / max(1, above - below) + drafting * depth
+        passing = seconds[below] + (seconds[above] - seconds[below]) * (columns - below) / max(1, above - below)
+        return passing + drafting * depth + judging * drafts
 
     best, rate = [], MARGIN / cost(1, 0)
     for depth in range(1, len(by_rank) + 1):
         adds = gains(by_rank[:depth])
         paths, tokens, open_paths = [], 1.0, {"0": adds[0][0]}
-        while open_paths and (columns := (len(paths) + 2) * (1 + depth)) <= measured[-1]:
+        while open_paths and (len(paths) + 2) * (1 + depth) <= measured[-1]:
             path = max(open_paths, key=open_paths.get)
             worth, d, k = open_paths.pop(path), len(path), int(path[-1])
             paths, tokens = [*paths, path], tokens + worth
@@ -538,12 +546,12 @@ def choose_tree(by_rank, seconds, drafting):
             if k + 1 < len(adds[d - 1]) and adds[d - 1][k] > 0:
                 open_paths[path[:-1] + str(k + 1)] = worth * adds[d - 1][k + 1] / adds[d - 1][k]
             # A shallower tree had its turn, with shorter groups.
-            if tokens / cost(columns, depth) > rate and max(map(len, paths)) == depth:
-                best, rate = paths, tokens / cost(columns, depth)
+            if tokens / cost(len(paths), depth) > rate and max(map(len, paths)) == depth:
+                best, rate = paths, tokens / cost(len(paths), depth)
     return best
 
 
-def by_rank(lookahead, temperature):
+def known_acceptance(lookahead, temperature):
     """[position][k]: the probability that one of the k+1 first candidates is accepted, from the look-ahead's file, at the nearest
     temperature that was measured."""
     nearest = min(lookahead.acceptance, key=lambda t: abs(float(t) - temperature), default=None)
@@ -554,7 +562,7 @@ def by_rank(lookahead, temperature):
 def parse_tree(text, model, rows, lookahead, temperature):
     """"0 1 00", "chain:3" or "auto" -> a list of paths."""
     if text == "auto":
-        return choose_tree(by_rank(lookahead, temperature), *step_seconds(model, lookahead, rows))
+        return choose_tree(known_acceptance(lookahead, temperature), *step_seconds(model, lookahead, rows))
     kind, _, n = text.partition(":")
     L, vocabulary = lookahead.embeddings.shape[0], model.config.vocab_size
     paths = ["0" * (i + 1) for i in range(min(int(n), L + 1))] if kind == "chain" and n.isdecimal() and len(n) < 9 else text.split()
@@ -669,10 +677,10 @@ def load_lookahead(spec, model, tokenizer, prompt, length=None):
         try:
             about = json.loads((file.metadata() or {}).get("lookahead", "{}"))
             acceptance = about.get("acceptance", {})
-            known = [share for t, row in acceptance.items() for part in (
-                [float(t), row["expected"], *row["by_position"]], *row["by_rank"]) for share in part or [math.nan]]
-            if not all(type(share) in (int, float) and 0 <= share < math.inf for share in known):
-                raise ValueError("acceptance must be numbers")
+            for t, row in acceptance.items():
+                shares = [float(t), row["expected"], *row["by_position"], *(share for ranks in row["by_rank"] for share in ranks)]
+                if not all(row["by_rank"]) or not all(type(share) in (int, float) and 0 <= share < math.inf for share in shares):
+                    raise ValueError("acceptance must be numbers")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"{spec}: its metadata is damaged: {error!r}") from None
     if about.get("model", fingerprint(c)) != fingerprint(c):

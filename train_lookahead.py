@@ -1,7 +1,7 @@
 """Train the look-ahead of PaSS (arXiv 2311.13581, section 3) for a frozen LLaMA: one safetensors file for pass_sampler.py.
 
     python train_lookahead.py --model DIR --data PATH [PATH ..] --length 4 --objective ce --minutes 10 --out FILE   # the paper
-    python train_lookahead.py --model DIR --data PATH .. --length 3 --memory 32 --head 256 --minutes 24 --out FILE  # beyond it
+    python train_lookahead.py --model DIR --data PATH .. --length 3 --head 256 --minutes 10 --out FILE              # beyond it
     python train_lookahead.py --model DIR --data PATH .. --evaluate FILE                                            # measure again
 
 Only the look-ahead has gradients. A few texts are read once without any and serve for STEPS steps; each step puts M groups of
@@ -32,8 +32,8 @@ from model import (DTYPES, Cache, InputError, Llama, check_writable, device_name
                    write_tensors)
 from pass_sampler import Lookahead, Params, fingerprint, generate, load_lookahead, probs, residual, without_replacement
 
-TEXT, BATCH, GROUPS, STEPS = 128, 8, 4, 16  # tokens a text, texts a step, groups a text and step, steps for which texts serve
-PROMPT, WRITTEN = 48, 128  # tokens after which the model writes a text, texts that it writes at once
+TEXT, GROUPS, STEPS = 128, 4, 16  # tokens a text, groups a text and step, steps for which texts serve
+PROMPT = 48  # tokens after which the model writes a text
 RATES = {"embeddings": 0.02, "memory": 0.02, "head_in": 0.003, "head_out": 0.003}
 TEMPERATURES = (0.0, 0.6, 1.0)
 CHECKPOINT_SECONDS, EVALUATION_SECONDS = 60, 300
@@ -155,12 +155,12 @@ def some_prompts(tokens, n, seed):
     return windows(tokens, n, PROMPT, torch.Generator().manual_seed(seed))
 
 
-def own_texts(model, prompts, temperature, seed, length=160):
-    """What the model itself writes after prompts (n,T): texts (n, length), the prompt included."""
+def own_texts(model, prompts, temperature, seed, length=160, at_once=128):
+    """What the model itself writes after prompts (n,T), so many at once: texts (n, length), the prompt included."""
     config, model.config = model.config, replace(model.config, stop_tokens=())
     texts = []
-    for i in tqdm(range(0, len(prompts), WRITTEN), f"writing at {temperature}", leave=False, disable=None):
-        rows = prompts[i:i + WRITTEN].tolist()
+    for i in tqdm(range(0, len(prompts), at_once), f"writing at {temperature}", leave=False, disable=None):
+        rows = prompts[i:i + at_once].tolist()
         texts += [p + t for p, t in zip(rows, generate(model, rows, "autoregressive", None, Params(temperature), length -
                                                        prompts.shape[1], seed + i)["tokens"])]
     model.config = config
@@ -253,8 +253,6 @@ def read_checkpoint(path, settings):
 def train(args, model, pool, held, settings):
     """Train and write args.out. pool: tokens (N,) to cut texts from, or texts (N,T) of the model's own."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if BATCH % world:
-        raise InputError(f"{world} processes cannot share {BATCH} texts a step evenly")
     parts = initial(model, pool.flatten(), args.length, args.memory, args.head, args.seed)
     optimizer = torch.optim.Adam([{"params": [p], "lr": RATES[name], "rate": RATES[name]} for name, p in parts.items()])
     checkpoint, step, spent = args.out.with_name(args.out.name + ".checkpoint"), 0, 0.0
@@ -274,7 +272,7 @@ def train(args, model, pool, held, settings):
     bar = tqdm(total=args.steps or round(args.minutes * 60), initial=step if args.steps else round(spent), disable=rank > 0,
                unit="step" if args.steps else "s", smoothing=0, mininterval=1 if sys.stderr.isatty() else 60)
     saved_at, measured_at, accept, read = spent, -math.inf, None, None
-    mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    mine = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
     while (done := step / args.steps if args.steps else spent / (60 * args.minutes)) < 1:
         if rank == 0 and spent - measured_at > EVALUATION_SECONDS:
             table, measured_at = evaluate(model, Lookahead(**parts), texts), spent
@@ -283,10 +281,12 @@ def train(args, model, pool, held, settings):
         began = time.perf_counter()
         if read is None or step % STEPS == 0:  # reading costs more than a step: let it serve for several, at other places
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step // STEPS)
-            own = pool.ndim == 2
-            text = pool[torch.randint(len(pool), (BATCH,), generator=generator)] if own else windows(pool, BATCH, TEXT, generator)
-            shuffled = torch.rand(BATCH, text.shape[1] - 1 - args.length, generator=generator).argsort(1) + 1
-            offset = torch.randint(max(1, model.config.context - text.shape[1] - args.length), (BATCH,), generator=generator)
+            if pool.ndim == 1:
+                text = windows(pool, args.batch, TEXT, generator)
+            else:
+                text = pool[torch.randint(len(pool), (args.batch,), generator=generator)]
+            shuffled = torch.rand(args.batch, text.shape[1] - 1 - args.length, generator=generator).argsort(1) + 1
+            offset = torch.randint(max(1, model.config.context - text.shape[1] - args.length), (args.batch,), generator=generator)
             text, shuffled, offset = (x[mine].to(model.embedding.device) for x in (text, shuffled, offset))
             read = prefix(model, text, offset, GROUPS * args.length)
         places = shuffled[:, step % STEPS * GROUPS:][:, :GROUPS]
@@ -325,6 +325,8 @@ def main():
     add("--from-model", type=float, nargs="+", metavar="TEMPERATURE",
         help="train on texts that the model writes after prompts from the data, in equal parts at these temperatures")
     add("--texts", type=int, default=1024, help="how many texts --from-model writes (default: %(default)s)")
+    add("--batch", type=int, default=8, help="texts a step, of all processes together (default: %(default)s; a GPU takes "
+        "128); --from-model writes 16 times as many at once")
     add("--length", type=int, default=4, help="look-ahead tokens L (default: %(default)s)")
     add("--memory", type=int, default=0, help="memory slots R (default: %(default)s)")
     add("--head", type=int, default=0, help="rank of the draft head (default: %(default)s, no head)")
@@ -340,8 +342,8 @@ def main():
     add("--dtype", choices=DTYPES, help="of the model (default: the checkpoint's own); the look-ahead trains in float32")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     args = parser.parse_args()
-    if not 1 <= args.length <= 64 or not 0 <= args.memory <= TEXT or args.head < 0:
-        raise InputError(f"--length must be 1 to 64, --memory 0 to {TEXT}, --head not negative")
+    if not 1 <= args.length <= 64 or not 0 <= args.memory <= TEXT or args.head < 0 or args.batch < 1:
+        raise InputError(f"--length must be 1 to 64, --memory 0 to {TEXT}, --head not negative, --batch at least 1")
     for temperature in args.from_model or ():
         Params(temperature)
     if args.texts < len(args.from_model or [0]):
@@ -355,9 +357,12 @@ def main():
     if dist.is_torchelastic_launched():
         if not args.steps:
             raise InputError("under torchrun give --steps: processes that stop by the clock would not stop together")
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        if args.batch % dist.get_world_size():
+            raise InputError(f"{dist.get_world_size()} processes cannot share --batch {args.batch} texts evenly")
     model = Llama.load(args.model, DTYPES.get(args.dtype), device_named(args.device), packed=False)
     if model.config.context < TEXT:
         raise InputError(f"the model's context of {model.config.context} tokens is shorter than the training texts of {TEXT}")
@@ -376,18 +381,20 @@ def main():
                     print(f"| {Path(spec).stem} | {'any' if lookahead.memory is None else position + 100} |{row}", flush=True)
         return
     settings = {"model": fingerprint(model.config), "data": " ".join(path.name for path in args.data)}
-    settings |= {k: str(getattr(args, k)) for k in ("suffix", "from_model", "texts", "length", "memory", "head", "objective",
-                                                    "seed", "dtype")}
-    settings |= {"sizes": str((TEXT, BATCH, GROUPS, STEPS)), "rates": str(RATES)}
+    settings |= {k: str(getattr(args, k)) for k in ("suffix", "from_model", "texts", "batch", "length", "memory", "head",
+                                                    "objective", "seed", "dtype")}
+    settings |= {"sizes": str((TEXT, GROUPS, STEPS)), "rates": str(RATES)}
     settings |= {"steps": str(args.steps)} if args.steps else {"minutes": str(args.minutes)}
     if args.from_model is not None:
         n = args.texts // len(args.from_model)
-        pool = torch.cat([own_texts(model, some_prompts(pool, n, args.seed + i), t, args.seed + i, TEXT)
+        pool = torch.cat([own_texts(model, some_prompts(pool, n, args.seed + i), t, args.seed + i, TEXT, 16 * args.batch)
                           for i, t in enumerate(args.from_model, 1)])
     train(args, model, pool, held, settings)
     if dist.is_initialized():
         dist.barrier()  # the first process still evaluates and writes
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # not through the interpreter's end, where gloo's threads aborted one run in 40 on a busy machine
 
 
 if __name__ == "__main__":

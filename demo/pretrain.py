@@ -1,6 +1,7 @@
 """A small LLaMA for Python, made from nothing: data, tokenizer, model. This made demo/model; demo/README.md tells the whole recipe.
 
-    python demo/pretrain.py --steps 1350 [--compile] [--out models/own] [--work models/pretrain] [--resume]
+    python demo/pretrain.py --steps 4000 --device cuda [--out models/own] [--work models/pretrain] [--resume]
+    python demo/pretrain.py --steps 1350 --compile ..        # on 2 cores, an hour and a half
 
 1. Fetch packages with pip, take their modules and the standard library's, and print each anew by `ast`: one spelling of
    everything, no comments, no docstrings, since a small model has no room for prose nor for the ways to wrap a line.
@@ -16,6 +17,7 @@ import math
 import subprocess
 import sys
 import sysconfig
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -25,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import Cache, Config, InputError, Llama, check_writable, load_tokenizer, run_script, write_file, write_tensors
-from train_lookahead import loss_and_gradient, read_checkpoint, windows
+from model import (Cache, Config, InputError, Llama, check_writable, device_named, load_tokenizer, run_script, write_file,
+                   write_tensors)
+from train_lookahead import CHECKPOINT_SECONDS, loss_and_gradient, read_checkpoint, windows
 
 # All under BSD, MIT, Apache 2.0 or (matplotlib) PSF-like licences.
 PACKAGES = """
@@ -48,7 +51,7 @@ LENGTHS = {256: 0.8, 512: 0.95, CONTEXT: 1}  # tokens a text, and until which pa
 COLUMNS = 12288  # tokens a step
 RATES = {"muon": 0.02, "adamw": 0.004}
 WARM_UP = 0.02  # of the training
-CHECKPOINT_STEPS, EVALUATION_STEPS = 50, 150
+EVALUATIONS = 12  # in all
 
 
 # ---------------------------------------------------------------------------------------------------------------------- data
@@ -144,8 +147,8 @@ def loss_and_gradients(model, forward, rows, columns=1024):
     """Mean cross-entropy (nats) of rows (B,T+1), each token from those before it; adds its gradients to the model's, whose output is
     tied. forward: model.forward, or that compiled.  columns: as in `loss_and_gradient`."""
     x, y = rows[:, :-1], rows[:, 1:].flatten()
-    h = forward(x, torch.arange(x.shape[1]).expand(x.shape), Cache(model, *x.shape)).flatten(0, 1)
-    to_output = torch.zeros(model.output.shape)
+    h = forward(x, torch.arange(x.shape[1], device=x.device).expand(x.shape), Cache(model, *x.shape)).flatten(0, 1)
+    to_output = torch.zeros(model.output.shape, device=x.device)
     total, to_h = loss_and_gradient(model, h.detach(), None, y, "ce", columns, to_output)
     h.backward(to_h / len(y))
     model.output.grad += to_output.to(h.dtype) / len(y)  # the embedding's, which has its gradient from h by now
@@ -156,9 +159,9 @@ def loss_and_gradients(model, forward, rows, columns=1024):
 def held_out(model, tokens, texts=24):
     """Nats a token on `texts` windows of CONTEXT tokens, evenly spread."""
     starts = torch.linspace(0, len(tokens) - CONTEXT - 1, texts).long()
-    rows, total = tokens[starts[:, None] + torch.arange(CONTEXT + 1)], 0.0
+    rows, total = tokens[starts[:, None] + torch.arange(CONTEXT + 1)].to(model.embedding.device), 0.0
     for row in rows.split(4):
-        h = model(row[:, :-1], torch.arange(CONTEXT).expand(len(row), -1), Cache(model, len(row), CONTEXT))
+        h = model(row[:, :-1], torch.arange(CONTEXT, device=row.device).expand(len(row), -1), Cache(model, len(row), CONTEXT))
         total += F.cross_entropy(model.logits(h).float().flatten(0, 1), row[:, 1:].flatten(), reduction="sum").item()
     return total / rows[:, 1:].numel()
 
@@ -169,7 +172,7 @@ def train(model, tokens, held, args, settings):
     generator = torch.Generator().manual_seed(args.seed)
     for name, weight in zip(names, weights):  # what a layer adds to the stream starts at nothing
         torch.nn.init.ones_(weight) if weight.ndim == 1 else weight.data.zero_() if name.endswith((".o", ".down")) else \
-            weight.data.normal_(std=0.02, generator=generator)
+            weight.data.copy_(0.02 * torch.randn(weight.shape, generator=generator))
     # The model computes in bfloat16; what the optimizers change is float32, or small changes would be lost in rounding.
     masters = {name: weight.detach().float() for name, weight in zip(names, weights)}
     matrices = {name: m for name, m in masters.items() if m.ndim == 2 and name != "embedding"}
@@ -178,7 +181,7 @@ def train(model, tokens, held, args, settings):
                   torch.optim.AdamW(list(others.values()), RATES["adamw"], (0.9, 0.95), weight_decay=0.01)]
     moments = lambda name: optimizers[name in others].state[masters[name]]
     state = {"settings": settings, "step": 0, "losses": [], "curve": []}
-    checkpoint = args.work / "pretrain.checkpoint"
+    checkpoint, saved_at = args.work / "pretrain.checkpoint", time.monotonic()
 
     def to_model():
         for weight, master in zip(weights, masters.values()):
@@ -186,9 +189,12 @@ def train(model, tokens, held, args, settings):
 
     if args.resume and checkpoint.exists():
         state, tensors = read_checkpoint(checkpoint, settings)
-        for name, master in masters.items():
-            master.copy_(tensors[name])
-            moments(name).update({key.partition("/")[2]: t for key, t in tensors.items() if key.startswith(name + "/")})
+        for key, tensor in tensors.items():
+            name, _, moment = key.partition("/")
+            if moment:
+                moments(name)[moment] = tensor.to("cpu" if moment == "step" else masters[name].device)
+            else:
+                masters[name].copy_(tensor)
         to_model()
 
     forward = torch.compile(model.forward, dynamic=False) if args.compile else model.forward
@@ -197,7 +203,7 @@ def train(model, tokens, held, args, settings):
         done, losses = state["step"] / args.steps, state["losses"]
         T = next(T for T, until in LENGTHS.items() if done < until)
         rows = windows(tokens, COLUMNS // T, T + 1, torch.Generator().manual_seed(args.seed * 1_000_003 + state["step"]))
-        losses.append(loss_and_gradients(model, forward, rows))
+        losses.append(loss_and_gradients(model, forward, rows.to(model.embedding.device)))
         for weight, master in zip(weights, masters.values()):
             master.grad, weight.grad = weight.grad.float(), None
         for optimizer, rate in zip(optimizers, RATES.values()):
@@ -207,12 +213,13 @@ def train(model, tokens, held, args, settings):
         state["step"] += 1
         bar.update()
         bar.set_postfix_str(f"loss {sum(losses[-20:]) / len(losses[-20:]):.3f}")
-        if state["step"] % EVALUATION_STEPS == 0 or state["step"] == args.steps:
+        if state["step"] % math.ceil(args.steps / EVALUATIONS) == 0 or state["step"] == args.steps:
             now = {name: round(held_out(model, t), 4) for name, t in held.items()}
             state["curve"].append([state["step"], round(sum(losses) / len(losses), 4), now])
             tqdm.write(json.dumps(state["curve"][-1]), file=sys.stderr)
             losses.clear()
-        if state["step"] % CHECKPOINT_STEPS == 0 or state["step"] == args.steps:
+        if time.monotonic() - saved_at > CHECKPOINT_SECONDS or state["step"] == args.steps:
+            saved_at = time.monotonic()
             kept = {f"{name}/{key}": value for name in masters for key, value in moments(name).items()}
             write_tensors(masters | kept, checkpoint, {"state": json.dumps(state)})
     bar.close()
@@ -245,9 +252,11 @@ def main():
     add("--resume", action="store_true", help="go on from the checkpoint in --work")
     add("--compile", action="store_true", help="torch.compile: about a tenth faster, needs a C++ compiler")
     add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     args = parser.parse_args()
     if args.steps < 1:
         raise InputError(f"steps must be at least 1, not {args.steps}")
+    device = device_named(args.device)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         args.work.mkdir(parents=True, exist_ok=True)
@@ -263,7 +272,7 @@ def main():
     held = {"standard library": tokens_of(args.work / "held", tokenizer, "stdlib.*.py"), "all packages": tokens_of(
         args.work / "held", tokenizer), UNSEEN: tokens_of(args.work / "unseen", tokenizer)}
     print(f"{len(tokens)} tokens to train on", file=sys.stderr)
-    model = Llama(Config.load(args.out), torch.bfloat16)
+    model = Llama(Config.load(args.out), torch.bfloat16, device)
     settings = {"steps": args.steps, "seed": args.seed, "tokens": len(tokens), "config": CONFIG,
                 "sizes": str((COLUMNS, LENGTHS, RATES, WARM_UP))}
     curve = train(model, tokens, {name: t for name, (t, _) in held.items()}, args, settings)

@@ -64,11 +64,11 @@ def test_tokenizer_keeps_every_byte_of_held_out_files():
 
 
 def test_model_knows_python():
-    """Held-out loss near that in demo/README.md, 1.66; one that only knows the frequencies of tokens would be at about 6."""
+    """Held-out loss near that in demo/README.md, 1.48; one that only knows the frequencies of tokens would be at about 6."""
     model, tokenizer, _ = demo()
     tokens = torch.tensor([t for text in held_out_files()[:40] for t in tokenizer.encode(text)])
     nats = pretrain.held_out(model, tokens, texts=4)
-    assert nats < 2
+    assert nats < 1.8
 
 
 @pytest.mark.parametrize("method, options", [("pass", {}), ("fused", {"tree": "0 1 00"})])
@@ -88,7 +88,7 @@ def test_greedy_texts_are_the_same_over_long_texts(method, options):
 def test_acceptance_is_what_the_file_says(temperature):
     """The sampler accepts the first draft about as often as train_lookahead.py measured.
 
-    24 texts of 96 tokens give 750 to 1,100 first drafts: standard error .018 if they were independent. The band is .1.
+    24 texts of 96 tokens give 700 to 1,100 first drafts: standard error .018 if they were independent. The band is .1.
     Planted: without its memory and head the same look-ahead falls out of the band.
     """
     model, _, lookahead = demo()
@@ -127,7 +127,7 @@ def test_gradients_are_those_of_autograd():
 
 def test_killed_and_resumed_ends_where_undisturbed(tmp_path, monkeypatch):
     """Bit for bit; the texts get longer on the way."""
-    for name, value in dict(COLUMNS=128, CONTEXT=32, LENGTHS={16: 0.5, 32: 1}, CHECKPOINT_STEPS=2, EVALUATION_STEPS=3).items():
+    for name, value in dict(COLUMNS=128, CONTEXT=32, LENGTHS={16: 0.5, 32: 1}, CHECKPOINT_SECONDS=0, EVALUATIONS=2).items():
         monkeypatch.setattr(pretrain, name, value)
     tokens = torch.arange(2000) % 40
     losses = pretrain.loss_and_gradients
@@ -139,7 +139,7 @@ def test_killed_and_resumed_ends_where_undisturbed(tmp_path, monkeypatch):
         return pretrain.train(model, tokens, {"held": tokens[:500]}, args, {}), dict(model.named_parameters())
 
     curve, weights = run("whole", False)
-    assert [row[0] for row in curve] == [3, 6, 7] and curve[-1][1] < curve[0][1]  # it learns to count
+    assert [row[0] for row in curve] == [4, 7] and curve[-1][1] < curve[0][1]  # it learns to count
     calls = iter(range(99))
 
     def killed(*words):

@@ -181,6 +181,7 @@ def test_choose_tree():
     by_rank = [[0.6, 0.8, 0.85], [0.5, 0.6, 0.62]]
     assert choose_tree(by_rank, {1: 1.0, 18: 1.0}, 0) == ["0", "00", "1", "10", "01"]
     assert choose_tree(by_rank, {1: 1.0, 18: 18.0}, 0) == choose_tree(by_rank, {1: 1.0, 18: 1.0}, 1.4) == []
+    assert choose_tree(by_rank, {1: 1.0, 18: 1.0}, 0, judging=0.15) == ["0", "00"]  # worth .6 and .3; the next, "1", .2
     assert choose_tree([[0.01], [0.01]], {1: 1.0, 4: 1.1, 18: 1.5}, 0) == []
     for tree in ([], ["0", "00", "1", "10", "01"]):
         Tree(tree)

@@ -159,7 +159,8 @@ def test_prompts(folder, tmp_path, capsys):
     while len(tokenizer.encode(text)) >= 512:
         text = text[:-1]
     prompt.write_text(text)  # fills the context but for one slot
-    code, out, err = run_main(pass_sampler, capsys, "--model", folder, "--prompt-file", prompt, "--json", "--method", "fused", "--tree", "0 1")
+    code, out, err = run_main(pass_sampler, capsys, "--model", folder, "--prompt-file", prompt, "--json", "--method", "fused", "--tree",
+                              "0 1")
     assert code == 0 and json.loads(out)["stop_reason"][0] in ("context", "stop") and len(json.loads(out)["tokens"][0]) == 1
 
 
@@ -167,7 +168,8 @@ def test_prompts(folder, tmp_path, capsys):
                                    ["--temperature", "1", "--top-p", "1"], ["--temperature", "1", "--top-p", "1e-9"]], ids=str)
 @pytest.mark.parametrize("method", ["pass", "fused"])
 def test_extreme_settings_are_valid(words, method, folder, capsys):
-    code, out, err = run_main(pass_sampler, capsys, "--model", folder, "--json", "--max-new-tokens", 9, "--method", method, "--tree", "0 1", *words)
+    code, out, err = run_main(pass_sampler, capsys, "--model", folder, "--json", "--max-new-tokens", 9, "--method", method, "--tree", "0 1",
+                              *words)
     assert code == 0, err
     if words[-1] == "1e-9":  # as good as greedy
         greedy = run_main(pass_sampler, capsys, "--model", folder, "--json", "--max-new-tokens", 9)[1]

@@ -102,7 +102,8 @@ def check_frozen(code):
     before, table = copy.deepcopy(model.state_dict()), {"1.0": {"by_position": [], "expected": 0}}
     code.train_lookahead.own_texts, code.train_lookahead.evaluate = (lambda *_, **__: None), (lambda *_, **__: table)
     with tempfile.TemporaryDirectory() as folder:
-        args = SimpleNamespace(length=2, memory=2, head=3, objective="tv", seed=0, steps=2, resume=False, out=Path(folder) / "file")
+        args = SimpleNamespace(length=2, memory=2, head=3, batch=8, objective="tv", seed=0, steps=2, resume=False,
+                               out=Path(folder) / "file")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             code.train_lookahead.train(args, model, pool, pool, {})
         trained = load_file(args.out)
@@ -185,9 +186,9 @@ def test_texts_are_read_anew_and_places_used_once(folder, data, tmp_path, capsys
     monkeypatch.setattr(train_lookahead, "STEPS", 3)
     monkeypatch.setattr(train_lookahead, "backward", lambda model, parts, objective, text, places, *more: seen.append((text, places))
                         or backward(model, parts, objective, text, places, *more))
-    train(capsys, *arguments(folder, data, tmp_path / "out", "--steps", 6))
+    train(capsys, *arguments(folder, data, tmp_path / "out", "--steps", 6, "--batch", 5))
     texts = [text.tolist() for text, _ in seen]
-    assert texts[0] == texts[1] == texts[2] != texts[3] == texts[4] == texts[5]
+    assert len(texts[0]) == 5 and texts[0] == texts[1] == texts[2] != texts[3] == texts[4] == texts[5]
     for row in torch.cat([places for _, places in seen[:3]], 1).tolist():
         assert len(set(row)) == 3 * train_lookahead.GROUPS and 1 <= min(row) <= max(row) <= train_lookahead.TEXT - 1 - 2
 
@@ -217,7 +218,7 @@ def test_two_processes_end_where_one_does(folder, data, tmp_path, capsys):
 
 @pytest.mark.parametrize("change, says", [
     (["--length", "0"], "must be 1 to 64"), (["--steps", "0"], "must be positive"), (["--data", "nowhere"], "nowhere does not exist"),
-    (["--memory", "9999"], "--memory 0 to"), (["--minutes", "nan"], "must be positive"),
+    (["--memory", "9999"], "--memory 0 to"), (["--batch", "0"], "--batch at least 1"), (["--minutes", "nan"], "must be positive"),
     (["--suffix", ".rs"], "0 files"), (["--out", "/nowhere/file"], "its folder must exist"), (["--evaluate", "nowhere"], "or --evaluate"),
     (["--from-model", "0.6", "-1"], "temperature must be"), (["--from-model", "0", "1", "--texts", "1"], "at least one a temperature"),
 ])
