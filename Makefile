@@ -9,7 +9,7 @@ smollm2: models/smollm2/model.safetensors  ## the same on a real LLaMA, which th
 	$(COMPARE) --model models/smollm2 --lookahead demo/smollm2-lookahead.safetensors --prompt "import unittest"
 
 test: .venv/extras  ## the proofs
-	.venv/bin/python -m pytest -q tests
+	.venv/bin/python -m pytest -q -rs tests
 
 # $(call measure,NAME,ARGUMENTS) writes demo/results/NAME.md and NAME.json.
 measure = mkdir -p demo/results; .venv/bin/python bench.py $(2) --json demo/results/$(1).json > .venv/$(1).md && mv .venv/$(1).md demo/results

@@ -517,7 +517,10 @@ def write_file(path, save):
     """save(path), but by way of a temporary name: whoever looks, and whenever we are killed, finds the old file or the new."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save(temporary)
+        temporary.chmod(mode)  # safetensors' own files are for their owner only
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
@@ -532,6 +535,8 @@ def write_tensors(tensors, path, metadata=None):
 
 def open_tensors(path):
     """safe_open for PyTorch, with an InputError where the file is missing, truncated or something else."""
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder, and should be a safetensors file")
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:

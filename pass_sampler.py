@@ -34,7 +34,8 @@ class Params:
     """Sampling parameters. temperature 0 is greedy; top_k 0 and top_p 1 are off.
 
     A further one goes last, with a default that is off: here, in `probs`, in `main`, and in `probs` of tests/naive.py; then into
-    the lists PARAMS and SETTINGS of the tests.
+    SETTINGS of tests/test_exact.py, as a tuple, and into PARAMS and SETTINGS of tests/test_samplers.py. `make test` says if a
+    planted bug of tests/mutants.py no longer fits `probs`.
     """
     temperature: float = 1.0
     top_k: int = 0
@@ -594,7 +595,8 @@ def draft_model(run):
         small.cache.length = run.cache.length  # the draft model's cache rolls back to the same text
 
 
-# To add a method: a function of a Run that prefills, emits and commits, and its name here; the command lines then know it.
+# To add a method: a function of a Run that prefills, emits and commits, and its name here; the command lines then know it. (`pass`
+# is a word of Python's.)
 METHODS = {"autoregressive": autoregressive, "pass": parallel, "fused": fused, "draft-model": draft_model}
 LOOKS_AHEAD = {"pass", "fused"}  # those that need a Lookahead
 
@@ -690,7 +692,7 @@ def load_lookahead(spec, model, tokenizer, prompt, length=None):
     shapes = {"embeddings": (sizes.get("embeddings"), c.dim), "memory": (c.n_layers, 2, slots, c.n_kv_heads, c.head_dim),
               "head_in": (rank, 2 * c.dim), "head_out": (c.dim, rank)}
     if "embeddings" not in tensors or ("head_in" in tensors) != ("head_out" in tensors) or set(tensors) - set(shapes):
-        raise InputError(f"{spec} is no look-ahead file: its tensors are {', '.join(tensors)}, not {', '.join(shapes)}")
+        raise InputError(f"{spec} is no look-ahead file: its tensors are {', '.join([*tensors][:4])}, .., not {', '.join(shapes)}")
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name] or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise InputError(f"{spec}: {name} must be finite floats of shape {shapes[name]}, not {tensor.dtype} "
@@ -740,8 +742,10 @@ def summary(results):
     tokens, seconds = sum(len(t) for r in results for t in r["tokens"]), sum(r["seconds"] for r in results)
     shares = " ".join(f"{share:.2f}" for share in results[0]["accepted_by_position"])
     drafts = f", accepted by position {shares}" if shares else ""
-    tree = f" with tree {results[0]['tree'] or 'none, since plain decoding is faster here'}" if "tree" in results[0] else ""
-    return (f"{results[0]['method']}{tree}: {tokens} tokens, {sum(r['passes'] for r in results)} passes, "
+    tree, none = results[0].get("tree"), "none, since plain decoding is faster here (--tree 0 insists)"
+    tree = "" if tree is None else f" with tree {tree or none}"
+    runs = f" in {len(results)} runs" if len(results) > 1 else ""
+    return (f"{results[0]['method']}{tree}: {tokens} tokens{runs}, {sum(r['passes'] for r in results)} passes, "
             f"{statistics.mean(r['tokens_per_pass'] for r in results):.2f} tokens a pass{drafts}, {seconds:.2f} s "
             f"({sum(r['prefill_seconds'] for r in results):.2f} s of it prefill), {tokens / seconds:.1f} tokens/s")
 
@@ -773,15 +777,17 @@ def main():
     add("--json", action="store_true", help="print one JSON object on stdout and nothing else")
     args = parser.parse_args()
 
-    params, prompt = Params(args.temperature, args.top_k, args.top_p), read_prompt(args)
+    params, text = Params(args.temperature, args.top_k, args.top_p), read_prompt(args)
     methods = [args.method] if args.compare is None else ["autoregressive", *(args.compare or [args.method])]
     if len(set(methods)) < len(methods):
         raise InputError("--compare sets methods against autoregressive; name others, each once")
+    if args.tree != "auto" and "fused" not in methods:
+        raise InputError("--tree is for --method fused only")
     if args.samples < 1:
         raise InputError(f"samples must be at least 1, not {args.samples}")
     model = Llama.load(args.model, DTYPES.get(args.dtype), device_named(args.device))
     tokenizer = load_tokenizer(args.model, model.config.vocab_size)
-    prompt = tokenizer.encode(prompt)
+    prompt = tokenizer.encode(text)
     if not prompt:
         raise InputError("the prompt has no tokens; give a longer one")
     lookahead, small = None, None
@@ -794,7 +800,7 @@ def main():
 
     def once(method, seed, tokens=args.max_new_tokens, show=False):
         if show and len(methods) > 1:
-            print(f"--- {method}", flush=True)
+            print(f"--- {method}, after {text[-40:]!r}", flush=True)
         result = generate(model, [prompt] * args.samples, method, lookahead, params, tokens, seed,
                           printer(tokenizer) if show else None, **options)
         result["text"] = [tokenizer.decode(row) for row in result["tokens"]]
@@ -823,8 +829,9 @@ def main():
         print(summary(results[method]), file=sys.stderr)
     for method in methods[1:]:
         same = "" if args.temperature else "; the text is the same" if all(
-            a["tokens"] == b["tokens"] for a, b in zip(results["autoregressive"], results[method])) else "; the text differs, in " \
-            f"{model.precision} usually since two logits tie within the rounding: see --dtype float64"
+            a["tokens"] == b["tokens"] for a, b in zip(results["autoregressive"], results[method])) else "; the text differs: two " \
+            f"logits may tie within the rounding of {model.precision}, but if it differs with --dtype float64 too, the sampler is " \
+            "wrong: run tests/test_exact.py"
         print(f"{method} takes {1 / ratio[method]:.2f} of the time per token: {ratio[method]:.2f}x as fast (median of {rounds} "
               f"interleaved runs){same}", file=sys.stderr)
 

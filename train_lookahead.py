@@ -36,7 +36,7 @@ TEXT, GROUPS, STEPS = 128, 4, 16  # tokens a text, groups a text and step, steps
 PROMPT = 48  # tokens after which the model writes a text
 RATES = {"embeddings": 0.02, "memory": 0.02, "head_in": 0.003, "head_out": 0.003}
 TEMPERATURES = (0.0, 0.6, 1.0)
-CHECKPOINT_SECONDS, EVALUATION_SECONDS = 60, 300
+CHECKPOINT_SECONDS, EVALUATION_SECONDS = 20, 300
 
 
 # ----------------------------------------------------------------------------------------------------------------- objective
@@ -45,6 +45,7 @@ CHECKPOINT_SECONDS, EVALUATION_SECONDS = 60, 300
 def loss_and_gradient(model, h, target, tokens, objective, columns=192, to_output=None):
     """Loss, summed over columns, and its gradient with respect to h (N,D), the states from which the drafts' q come.
 
+    p and q are at temperature 1, whatever the drafts will be drawn at.
     target (N,D): the model's own states at the same places, whence p; not read for "ce".  tokens (N,): what the text has there.
     to_output (V,D): the gradient with respect to the output matrix is added to it, where that is trained too (demo/pretrain.py).
     "ce" is the paper's: -log q(token).  "kl" distils the model: KL(p || q).  "tv" is the total variation 1 - sum_x min(p, q):
@@ -138,7 +139,8 @@ def read_data(tokenizer, paths, suffix):
     for part, files in zip(tokens, split_files(paths, suffix)):
         for file in tqdm(files, "reading", leave=False, disable=None):
             try:
-                part.extend(tokenizer.encode(file.read_bytes().decode(errors="replace")))
+                content = file.read_bytes()
+                part.extend([] if b"\0" in content else tokenizer.encode(content.decode(errors="replace")))  # no text: left out
             except OSError as error:
                 raise InputError(f"cannot read {file}: {error}") from None
     if min(map(len, tokens)) <= TEXT:
@@ -242,11 +244,12 @@ def read_checkpoint(path, settings):
     with open_tensors(path) as file:
         try:
             state = json.loads(file.metadata()["state"])
-            made_with = state["settings"]
+            made_with = dict(state["settings"])
         except (ValueError, TypeError, KeyError):
             raise InputError(f"{path} is no checkpoint, or damaged: remove it to begin anew") from None
         if made_with != settings:
-            raise InputError(f"{path} was made with other settings: {made_with}")
+            other = ", ".join(f"{k} {made_with.get(k)}, now {v}" for k, v in settings.items() if made_with.get(k) != v)
+            raise InputError(f"{path} was made with other settings ({other}): give those, or remove it to begin anew")
         return state, {name: file.get_tensor(name) for name in file.keys()}
 
 
@@ -271,10 +274,13 @@ def train(args, model, pool, held, settings):
 
     bar = tqdm(total=args.steps or round(args.minutes * 60), initial=step if args.steps else round(spent), disable=rank > 0,
                unit="step" if args.steps else "s", smoothing=0, mininterval=1 if sys.stderr.isatty() else 60)
+    if args.resume and not step and rank == 0:
+        tqdm.write("there is nothing to resume: beginning anew", file=sys.stderr)
+    every = EVALUATION_SECONDS if args.steps else min(EVALUATION_SECONDS, 15 * args.minutes)  # a short run: four times
     saved_at, measured_at, accept, read = spent, -math.inf, None, None
     mine = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
     while (done := step / args.steps if args.steps else spent / (60 * args.minutes)) < 1:
-        if rank == 0 and spent - measured_at > EVALUATION_SECONDS:
+        if rank == 0 and spent - measured_at > every:
             table, measured_at = evaluate(model, Lookahead(**parts), texts), spent
             accept = " ".join(f"{a:.2f}" for a in table["1.0"]["by_position"])
             tqdm.write(f"step {step}, {spent / 60:.1f} min: {show(table)}", file=sys.stderr)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from model import (Cache, Config, InputError, Llama, check_writable, device_named, load_tokenizer, run_script, write_file,
                    write_tensors)
-from train_lookahead import CHECKPOINT_SECONDS, loss_and_gradient, read_checkpoint, windows
+from train_lookahead import loss_and_gradient, read_checkpoint, windows
 
 # All under BSD, MIT, Apache 2.0 or (matplotlib) PSF-like licences.
 PACKAGES = """
@@ -51,7 +51,7 @@ LENGTHS = {256: 0.8, 512: 0.95, CONTEXT: 1}  # tokens a text, and until which pa
 COLUMNS = 12288  # tokens a step
 RATES = {"muon": 0.02, "adamw": 0.004}
 WARM_UP = 0.02  # of the training
-EVALUATIONS = 12  # in all
+EVALUATIONS, CHECKPOINT_SECONDS = 12, 60  # in all; apart
 
 
 # ---------------------------------------------------------------------------------------------------------------------- data

@@ -96,7 +96,8 @@ def plant(module, *patches):
     source = Path(module.__file__).read_text()
     for old, new in patches:
         if source.count(old) != 1:
-            raise ValueError(f"the planted bug no longer fits the source: {old!r}")
+            raise ValueError(f"the planted bug no longer fits the source: {old!r} stands there {source.count(old)} times, and must "
+                             "once: adapt tests/mutants.py")
         source = source.replace(old, new)
     mutant = types.ModuleType(module.__name__)
     mutant.__file__ = module.__file__

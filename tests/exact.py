@@ -60,16 +60,24 @@ def cells(*thresholds):
     return [(min(a + little, (a + b) / 2), max(b - little, (a + b) / 2), b - a) for a, b in zip(cuts, cuts[1:])]
 
 
-def at_both_ends(run, corners):
+def at_both_ends(run, corners, about):
     """run(uniforms (n, number of uniforms)) at the beginnings and at the ends of cells, [[(beginning, end, size), ..], ..] ->
-    {outcome: probability}."""
+    {outcome: probability}. about: words for a failure."""
     first, other = (run(torch.tensor([[cell[end] for cell in corner] for corner in corners], dtype=torch.float64))
                     for end in (0, 1))
-    assert first == other, "a random number decides otherwise than its threshold, p/q or a cumulative share of the residual, says"
+    for one, two, corner in zip(first, other, corners):
+        low, high = ([round(cell[end], 4) for cell in corner] for end in (0, 1))
+        assert one == two, (
+            f"{about}: uniforms from {low} to {high} lie between the thresholds that the method has (p/q to accept; the cumulative "
+            f"shares of p, or of the residual max(0, p - q), to draw), and should lead to one outcome, but lead to {one} and to {two}")
     outcomes = {}
     for outcome, corner in zip(first, corners):
         outcomes[outcome] = outcomes.get(outcome, 0) + math.prod(size for *_, size in corner)
     return outcomes
+
+
+def rounded(x):
+    return [rounded(part) for part in x] if x.ndim else round(x.item(), 4)
 
 
 def cumulative(weights):
@@ -98,7 +106,7 @@ def enumerated(module, real, chance):
         for i, weights in enumerate(p[ROW].reshape(-1, p.shape[-1])):
             corners = [[cell] for cell in cells(cumulative(weights.tolist()))]
             tokens[ROW].view(-1)[i] = chance.choose(at_both_ends(
-                lambda u: real["draw"](weights.expand(len(u), -1), u[:, 0]).tolist(), corners))
+                lambda u: real["draw"](weights.expand(len(u), -1), u[:, 0]).tolist(), corners, f"draw from {rounded(weights)}"))
         return tokens
 
     def judge(name, rows, grids, u, *before):
@@ -110,7 +118,8 @@ def enumerated(module, real, chance):
             return list(zip(kept.tolist(), last.tolist()))
         module.draw = real["draw"]  # which the rule calls itself
         try:
-            outcomes = at_both_ends(run, list(itertools.product(*grids)))
+            about = f"{name} (accepted, and the token after): p, q, drafts = " + ", ".join(str(rounded(x[ROW])) for x in rows)
+            outcomes = at_both_ends(run, list(itertools.product(*grids)), about)
             kept_all, last_all = real[name](*before, *rows, torch.full_like(u, 0.5))
         finally:
             module.draw = draw
@@ -203,7 +212,8 @@ def check_exact(code, method, settings=(1.0,), n=2, parts=(), stop=(), drafts=Tr
     for text in sorted(set(expected) | set(texts)):
         assert abs(texts.get(text, 0) - expected.get(text, 0)) < TOLERANCE, (
             f"{method}: after {prompt} the text {list(text)} comes with probability {texts.get(text, 0):.6f}, but the model says "
-            f"{expected.get(text, 0):.6f} (the chain rule): the output does not follow the model")
+            f"{expected.get(text, 0):.6f} (the chain rule): the output does not follow the model. All texts: {texts}, by the model: "
+            f"{expected}")
     if lookahead is None or not drafts:
         return
     for x, first in enumerate(naive.probs(judge.next_logits(prompt), *settings)):

@@ -38,23 +38,23 @@ def test_stream_and_summary(folder, capsys):
     assert out == json.loads(as_json)["text"][0] + "\n" and "\033" not in out
     assert err.startswith("pass: 30 tokens, ") and "tokens a pass, accepted by position" in err and err.count("\n") == 1
     _, out, err = call(capsys, *arguments, "--compare", "--lookahead", "unk")
-    assert out.startswith("--- autoregressive\n") and "\n--- pass\n" in out and "as fast (median of 3 interleaved runs)" in err
+    assert out.startswith("--- autoregressive, after ") and "\n--- pass, after " in out and "as fast (median of 3 interleaved runs)" in err
 
 
 def test_all_methods_beside_one_another(folder, tmp_path, capsys):
     """Greedy in float64: all methods write the same; the draft model must share the tokenizer."""
-    arguments = ["--model", folder, "--dtype", "float64", "--max-new-tokens", 12, "--draft-model", folder, "--tree", "0 1 00"]
-    _, out, _ = call(capsys, *arguments, "--json", "--compare", "pass", "fused", "draft-model")
+    arguments = ["--model", folder, "--dtype", "float64", "--max-new-tokens", 12, "--draft-model", folder]
+    _, out, _ = call(capsys, *arguments, "--json", "--tree", "0 1 00", "--compare", "pass", "fused", "draft-model")
     results = json.loads(out)
     assert list(results) == ["autoregressive", "pass", "fused", "draft-model", "ratio"] and len(results.pop("ratio")) == 3
     assert len({str(result["tokens"]) for result in results.values()}) == 1
     assert results["fused"]["tree"] == "0 1 00" and results["draft-model"]["accepted_by_position"][0] == 1
-    _, _, err = call(capsys, *arguments, "--compare", "fused")
-    assert "fused with tree 0 1 00: 36 tokens" in err and err.rstrip().endswith("the text is the same")
+    _, _, err = call(capsys, *arguments, "--tree", "0 1 00", "--compare", "fused")
+    assert "fused with tree 0 1 00: 36 tokens in 3 runs" in err and err.rstrip().endswith("the text is the same")
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     (other / "tokenizer.model").write_bytes(sentencepiece(sentencepiece.__doc__ * 9))
-    code, _, err = call(capsys, *arguments[:-3], other, "--method", "draft-model")
+    code, _, err = call(capsys, *arguments[:-1], other, "--method", "draft-model")
     assert code == 2 and "must share the vocabulary" in err
 
 
@@ -106,11 +106,13 @@ FOLDER = object()  # stands for the fixture
     (["--method", "draft-model", "--draft-model", FOLDER, "--length", "0"], "length of at least 1"),
     (["--method", "fused", "--tree", "chain:" + "9" * 5000], "give paths"),
     (["--method", "fused", "--tree", "00"], "each path must come once"),
+    (["--tree", "0"], "for --method fused only"),
     (["--method", "fused", "--draft-temperature", "-1"], "temperature must be"),
     (["--length", "0"], "length must be"),
     (["--device", "warp"], "device 'warp' cannot be used"),
     (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     (["--lookahead", "nowhere.safetensors"], "cannot read nowhere.safetensors"),
+    (["--lookahead", "tests"], "tests is a folder"),
     (["--method", "magic"], "invalid choice: 'magic'"),
     (["--dtype", "int8"], "invalid choice: 'int8'"),
 ])
