@@ -167,15 +167,16 @@ def cost(args):
         caches = {n: Cache(model, 1, n + 64) for n in contexts}
         for n, cache in caches.items():
             cache.commit(n)
-        seconds = measure({(T, n): partial(run_columns, model, cache, T) for n, cache in caches.items() for T in columns} |
-                          {"sum": lambda: big.sum().item()}, tqdm(range(args.rounds + 1), leave=False, disable=None))
+        seconds = measure({(T, n): partial(run_columns, model, cache, T) for n, cache in caches.items() for T in columns},
+                          tqdm(range(args.rounds + 1), leave=False, disable=None))
+        reading = measure({"sum": lambda: big.sum().item()}, range(args.rounds + 1))["sum"]  # apart, as it empties the caches
         yield f"{machine(model)}; median of {args.rounds} interleaved rounds"
         for T in columns:
             yield {"weights": str(model.dtype)[6:], "columns T": T} | {key: value for n in contexts for key, value in {
                 f"ms after {n} tokens": 1000 * seconds[T, n], f"against one, after {n}": seconds[T, n] / seconds[1, n]}.items()}
         size = parameters(model, read=True) * model.dtype.itemsize
         *_, knee = itertools.takewhile(lambda T: seconds[T, contexts[0]] <= 1.25 * seconds[1, contexts[0]], columns)
-        reach, bandwidth = size / seconds[1, contexts[0]] / 1e9, big.numel() * 4 / seconds["sum"] / 1e9
+        reach, bandwidth = size / seconds[1, contexts[0]] / 1e9, big.numel() * 4 / reading / 1e9
         yield (f"A pass of one column reads {size / 1e6:.0f} MB of weights, at {reach:.1f} GB/s; summing a large tensor reads at "
                f"{bandwidth:.1f} GB/s. Up to {knee} columns cost at most a quarter more than one: enough for L = {knee - 1} in two "
                f"passes. In one pass, N drafts, d deep, take (1 + N)(1 + d) columns: here a chain of {math.isqrt(knee) - 1}.")
