@@ -534,7 +534,7 @@ def choose_tree(by_rank, seconds, drafting, judging=0.0):
         passing = seconds[below] + (seconds[above] - seconds[below]) * (columns - below) / max(1, above - below)
         return passing + drafting * depth + judging * drafts
 
-    best, rate = [], MARGIN / cost(1, 0)
+    best, rate = [], MARGIN / cost(0, 0)
     for depth in range(1, len(by_rank) + 1):
         adds = gains(by_rank[:depth])
         paths, tokens, open_paths = [], 1.0, {"0": adds[0][0]}
@@ -692,7 +692,7 @@ def load_lookahead(spec, model, tokenizer, prompt, length=None):
     shapes = {"embeddings": (sizes.get("embeddings"), c.dim), "memory": (c.n_layers, 2, slots, c.n_kv_heads, c.head_dim),
               "head_in": (rank, 2 * c.dim), "head_out": (c.dim, rank)}
     if "embeddings" not in tensors or ("head_in" in tensors) != ("head_out" in tensors) or set(tensors) - set(shapes):
-        raise InputError(f"{spec} is no look-ahead file: its tensors are {', '.join([*tensors][:4])}, .., not {', '.join(shapes)}")
+        raise InputError(f"{spec} is no look-ahead file: its tensors, such as {', '.join([*tensors][:4])}, are not {', '.join(shapes)}")
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name] or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise InputError(f"{spec}: {name} must be finite floats of shape {shapes[name]}, not {tensor.dtype} "

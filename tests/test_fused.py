@@ -183,6 +183,7 @@ def test_choose_tree():
     assert choose_tree(by_rank, {1: 1.0, 18: 18.0}, 0) == choose_tree(by_rank, {1: 1.0, 18: 1.0}, 1.4) == []
     assert choose_tree(by_rank, {1: 1.0, 18: 1.0}, 0, judging=0.15) == ["0", "00"]  # worth .6 and .3; the next, "1", .2
     assert choose_tree([[0.01], [0.01]], {1: 1.0, 4: 1.1, 18: 1.5}, 0) == []
+    assert choose_tree([[0.6]], {1: 1.0, 2: 1.5, 4: 1.5}, 0) == []  # 1.6 tokens for 1.5 of a pass of one column: less than MARGIN
     for tree in ([], ["0", "00", "1", "10", "01"]):
         Tree(tree)
 
