@@ -60,24 +60,21 @@ def cells(*thresholds):
     return [(min(a + little, (a + b) / 2), max(b - little, (a + b) / 2), b - a) for a, b in zip(cuts, cuts[1:])]
 
 
-def at_both_ends(run, corners, about):
+def at_both_ends(run, corners, what, *given):
     """run(uniforms (n, number of uniforms)) at the beginnings and at the ends of cells, [[(beginning, end, size), ..], ..] ->
-    {outcome: probability}. about: words for a failure."""
+    {outcome: probability}. what, given: words and tensors for a failure."""
     first, other = (run(torch.tensor([[cell[end] for cell in corner] for corner in corners], dtype=torch.float64))
                     for end in (0, 1))
     for one, two, corner in zip(first, other, corners):
-        low, high = ([round(cell[end], 4) for cell in corner] for end in (0, 1))
         assert one == two, (
-            f"{about}: uniforms from {low} to {high} lie between the thresholds that the method has (p/q to accept; the cumulative "
-            f"shares of p, or of the residual max(0, p - q), to draw), and should lead to one outcome, but lead to {one} and to {two}")
+            f"{what} {', '.join(str(x.double().round(decimals=4).tolist()) for x in given)}: uniforms from "
+            f"{[round(cell[0], 4) for cell in corner]} to {[round(cell[1], 4) for cell in corner]} lie between the thresholds that the "
+            "method has (p/q to accept; the cumulative shares of p, or of the residual max(0, p - q), to draw), and should lead to "
+            f"one outcome, but lead to {one} and to {two}")
     outcomes = {}
     for outcome, corner in zip(first, corners):
         outcomes[outcome] = outcomes.get(outcome, 0) + math.prod(size for *_, size in corner)
     return outcomes
-
-
-def rounded(x):
-    return [rounded(part) for part in x] if x.ndim else round(x.item(), 4)
 
 
 def cumulative(weights):
@@ -106,7 +103,7 @@ def enumerated(module, real, chance):
         for i, weights in enumerate(p[ROW].reshape(-1, p.shape[-1])):
             corners = [[cell] for cell in cells(cumulative(weights.tolist()))]
             tokens[ROW].view(-1)[i] = chance.choose(at_both_ends(
-                lambda u: real["draw"](weights.expand(len(u), -1), u[:, 0]).tolist(), corners, f"draw from {rounded(weights)}"))
+                lambda u: real["draw"](weights.expand(len(u), -1), u[:, 0]).tolist(), corners, "draw from", weights))
         return tokens
 
     def judge(name, rows, grids, u, *before):
@@ -118,8 +115,8 @@ def enumerated(module, real, chance):
             return list(zip(kept.tolist(), last.tolist()))
         module.draw = real["draw"]  # which the rule calls itself
         try:
-            about = f"{name} (accepted, and the token after): p, q, drafts = " + ", ".join(str(rounded(x[ROW])) for x in rows)
-            outcomes = at_both_ends(run, list(itertools.product(*grids)), about)
+            outcomes = at_both_ends(run, list(itertools.product(*grids)), f"{name} (accepted, and the token after), p, q, drafts =",
+                                    *[x[ROW] for x in rows])
             kept_all, last_all = real[name](*before, *rows, torch.full_like(u, 0.5))
         finally:
             module.draw = draw

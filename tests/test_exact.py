@@ -1,5 +1,7 @@
 """Every sampler's exact distribution over two to four tokens, enumerated (tests/exact.py), is that of an independent, naive
 implementation (tests/naive.py). No statistics: what differs by 1e-6 fails."""
+import itertools
+
 import pytest
 import torch
 
@@ -119,11 +121,11 @@ def check_stops(code):
     judge, text = naive.Model(code.tiny(6, seed=4)), []
     while len(text) < 9:
         text.append(naive.probs(judge.next_logits(prompt + text), 0).index(1))
-    for method, more in (("autoregressive", {}), ("pass", {}), ("fused", dict(tree="0 00")), ("draft-model", {})):
+    for method, L in [("autoregressive", 0), *itertools.product(("pass", "fused", "draft-model"), (1, 2, 6))]:
         def ends(n, context=64, stop=()):
             model = code.tiny(6, seed=4, context=context, stop=stop)
-            own = dict(draft_model=model, length=2) if method == "draft-model" else more  # every draft is right: long runs
-            lookahead = code.random_lookahead(model, 2) if method in code.pass_sampler.LOOKS_AHEAD else None
+            own = dict(draft_model=model, length=L) if method == "draft-model" else dict(tree=f"chain:{L}")  # own drafts: all right
+            lookahead = code.random_lookahead(model, L) if method in code.pass_sampler.LOOKS_AHEAD else None
             result = code.pass_sampler.generate(model, [prompt], method, lookahead, code.pass_sampler.Params(0), n, **own)
             return result["tokens"][0], result["stop_reason"][0]
         for n in range(1, 9):
@@ -134,7 +136,9 @@ def check_stops(code):
                 got = ends(budget, stop=(text[n - 1],))
                 assert got == (text[:end], "stop"), f"{method}: {text[n - 1]} should stop {text[:budget]}, but the text is {got}"
         for room in (1, 6):
-            assert ends(20, context=len(prompt) + room) == (text[:room], "context"), f"{method}: the text does not end with the context"
+            for n in (room + 1, 20):
+                assert ends(n, context=len(prompt) + room) == (text[:room], "context"), f"{method}: it does not end with the context"
+        assert ends(6, context=len(prompt) + 6) == (text[:6], "length"), f"{method}: all that was asked for fits the context"
 
 
 def test_stops():

@@ -48,11 +48,10 @@ def check_rule(code, cases=ONE + TWO):
                     reached.setdefault(text[:i], torch.zeros(p.shape[1], dtype=torch.float64))[text[i]] += w
             for before, weights in reached.items():
                 share = weights / weights.sum()
-                wrong = (share - p[i]).abs().max().item() > 1e-12
                 where = "after all drafts, which were accepted (the bonus token)" if i == len(q) else f"of draft {i + 1}"
-                assert not wrong, (
+                assert (share - p[i]).abs().max() <= 1e-12, (
                     f"in the place {where}, after {list(before)}, the output is distributed as "
-                    f"{[round(s, 6) for s in share.tolist()]}, but the target is p = {p[i].tolist()} (p of all places: {p.tolist()}, "
+                    f"{share.round(decimals=6).tolist()}, but the target is p = {p[i].tolist()} (p of all places: {p.tolist()}, "
                     f"drafts from q = {q.tolist()}): the rejection rule of Leviathan et al. is broken")
 
 

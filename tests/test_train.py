@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,7 +173,10 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(folder, data, tmp_path, ca
     """Killed after step 3 of 8 where texts serve for two steps: the run goes on amid them and reads new ones."""
     monkeypatch.setattr(train_lookahead, "STEPS", 2)
     words = lambda out: [str(w) for w in arguments(folder, data, tmp_path / out, "--steps", 8)]
-    assert train(capsys, *words("undisturbed"))[0] == 0
+    code, _, err = train(capsys, *words("undisturbed"), "--resume")
+    assert code == 0 and "nothing to resume" in err
+    (tmp_path / "ordinary").touch()
+    assert (tmp_path / "undisturbed").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     killed = subprocess.run([sys.executable, "-c", KILL, *words("killed")], env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL and not (tmp_path / "killed").exists() and (tmp_path / "killed.checkpoint").exists()
@@ -191,6 +195,14 @@ def test_texts_are_read_anew_and_places_used_once(folder, data, tmp_path, capsys
     assert len(texts[0]) == 5 and texts[0] == texts[1] == texts[2] != texts[3] == texts[4] == texts[5]
     for row in torch.cat([places for _, places in seen[:3]], 1).tolist():
         assert len(set(row)) == 3 * train_lookahead.GROUPS and 1 <= min(row) <= max(row) <= train_lookahead.TEXT - 1 - 2
+
+
+def test_files_that_are_no_text_are_left_out(folder, data, tmp_path):
+    tokenizer = load_tokenizer(folder, 320)
+    before = train_lookahead.read_data(tokenizer, [data], "")
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "12.pyc").write_bytes(b"text\0" * 999)
+    assert all(map(torch.equal, before, train_lookahead.read_data(tokenizer, [tmp_path / "data"], "")))
 
 
 def test_trains_on_texts_that_the_model_writes(folder, data, tmp_path, capsys, monkeypatch):
