@@ -4,7 +4,7 @@
     python bench.py acceptance --model DIR --lookahead FILE     how often is a draft accepted, by position and rank?
     python bench.py speed --model DIR --lookahead FILE          how fast is each method, against plain decoding? Its main table
     python bench.py length --model DIR --lookahead FILE         how many look-ahead tokens, which tree? Its ablation
-    python bench.py memory --model DIR --lookahead FILE         what is added to the model; --project: larger models, other machines
+    python bench.py memory --model DIR                          what is added to the model, in parameters and bytes
     python bench.py quality --model DIR --lookahead FILE        is it still the model that speaks? --problems: HumanEval
     python bench.py peers --model DIR --lookahead FILE          how fast is transformers, with the same weights?
 
@@ -31,10 +31,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import (DTYPES, Cache, InputError, Llama, check_writable, device_named, load_tokenizer, read_json, run_script,
-                   write_file)
-from pass_sampler import (LOOKS_AHEAD, METHODS, Params, choose_tree, gains, generate, known_acceptance, load_draft_model,
-                          load_lookahead, measure, run_columns)
+from beyond.draft_model import load_draft_model
+from beyond.tree import best_tree, choose, table_for
+from files import (
+    InputError, check_writable, device_named, load_tokenizer, read_json, run_script, write_file)
+from model import DTYPES, Cache, Llama
+from pass_sampler import METHODS, Params, Sampler, load_lookahead, options_of
 from train_lookahead import PROMPT, evaluate, own_texts
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -90,47 +92,89 @@ def start(args, endless=True):
 
 
 def parse_method(spec):
-    """METHOD[:LOOKAHEAD][=TREE] -> method, look-ahead or "", tree or ""."""
-    head, _, tree = spec.partition("=")
+    """METHOD[:LOOKAHEAD][=SHAPE] -> method, look-ahead or "", shape or "".
+
+    The shape is L, of pass and fused; drafts, of draft-model; a tree or auto, of tree.
+    """
+    head, _, shape = spec.partition("=")
     method, _, file = head.partition(":")
-    if method not in METHODS or tree and method != "fused" or file and method not in LOOKS_AHEAD:
-        raise InputError(f"{spec!r}: a method is one of {', '.join(METHODS)}, or pass:LOOKAHEAD, fused:LOOKAHEAD, fused=TREE")
-    return method, file, tree
+    known = options_of(method) if method in METHODS else {}
+    takes_number = "lookahead" in known and "tree" not in known or "length" in known
+    fits = not shape or "tree" in known or takes_number and shape.isdecimal()
+    if method not in METHODS or not fits or file and "lookahead" not in known:
+        raise InputError(f"{spec!r}: a method is one of {', '.join(METHODS)}, or METHOD:LOOKAHEAD, "
+                         f"pass=L, fused=L, tree=TREE, draft-model=DRAFTS")
+    return method, file, shape
 
 
-loaded = lru_cache(32)(load_lookahead)  # one for all methods that share it, so that `fused` measures the machine once
+def decoder(args, model, tokenizer, prompts, spec, small=None):
+    """A function(i, params, seed, tokens, samples=1) that continues prompt i by the method that `spec`
+    names: what `Sampler.generate` returns, and the tree."""
+    method, file, shape = parse_method(spec)
+    known = options_of(method)
+    slots = max(map(len, prompts)) + args.new_tokens
+    options = {}
+    if "lookahead" in known:
+        L = int(shape) if shape and "tree" not in known else None
+        options["lookahead"] = load_lookahead(file or args.lookahead, model, tokenizer, L)
+    if "draft_model" in known:
+        options["draft_model"] = small
+    if "length" in known and shape:
+        options["length"] = int(shape)
 
-
-def decoder(args, model, tokenizer, prompts, spec, length=None, small=None):
-    """A function(i, params, seed, tokens, samples=1) that continues prompt i by the method that `spec` names, see `generate`."""
-    method, file, tree = parse_method(spec)
-    file = file or args.lookahead
-    lookaheads = [loaded(file, model, tokenizer, prompt, length) if method in LOOKS_AHEAD else None
-                  for prompt in (map(tuple, prompts) if file == "mean" else [()])]
+    @lru_cache
+    def sampler(params, rows):
+        name, words = method, dict(options)
+        if "tree" in known and shape:
+            words["tree"] = shape
+        if shape == "auto":
+            words["tree"] = choose(model, options["lookahead"], params.temperature, rows)
+            if words["tree"] is None:
+                name, words = "autoregressive", {}
+        return Sampler(model, name, params, rows, slots, not args.no_graph, **words), words
 
     def decode(i, params, seed, tokens, samples=1):
-        return generate(model, [prompts[i]] * samples, method, lookaheads[i % len(lookaheads)], params, tokens, seed,
-                        tree=tree or "auto", draft_model=small)
+        used, words = sampler(params, samples)
+        result = used.generate([prompts[i]] * samples, tokens, seed)
+        return result | {"tree": words.get("tree", "none" if shape == "auto" else "-")}
     return decode
 
 
 def compare(runs, args, prompts, params, what):
     """Decode every prompt by each of runs {name: what `decoder` returns}, interleaved, and set each against the first.
-    Yields (name, row). "times as fast" is the median over prompts, between its quartiles; prefill and its token are not counted."""
+    Yields (name, row). "times as fast" is the median over prompts, between its quartiles; prefill is not counted."""
     names, results = list(runs), {name: [] for name in runs}
     for decode in runs.values():
         decode(0, params, args.seed, 4)  # warm up
     for i in tqdm(range(len(prompts)), what, leave=False, disable=None):
         for name in names[i % len(names):] + names[:i % len(names)]:
             results[name].append(runs[name](i, params, args.seed + i, args.new_tokens))
-    each = {name: [(r["seconds"] - r["prefill_seconds"]) / (len(r["tokens"][0]) - 1) for r in rs] for name, rs in results.items()}
+    each = {name: [(r["seconds"] - r["prefill_seconds"]) / r.get("decoded", len(r["tokens"][0])) for r in rs]
+            for name, rs in results.items()}
     for name, rs in results.items():
         ratio = [a / b for a, b in zip(each[names[0]], each[name])]
         low, middle, high = statistics.quantiles(ratio, n=4, method="inclusive") if len(ratio) > 1 else ratio * 3
-        yield name, {"tree": rs[0].get("tree", "-") or "none: plain",
+        yield name, {"tree": rs[0].get("tree", "-"),
                      "tokens a pass": rs[0]["tokens_per_pass"] and statistics.mean(r["tokens_per_pass"] for r in rs),
                      "prefill ms": 1000 * statistics.median(r["prefill_seconds"] for r in rs),
                      "tokens/s": 1 / statistics.median(each[name]), "times as fast": middle, "from": low, "to": high}
+
+
+def measure(functions, rounds):
+    """Median seconds of each of functions {name: function}, interleaved. rounds: an iterable, whose first round warms up."""
+    times = {name: [] for name in functions}
+    for _ in rounds:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
+def run_columns(model, cache, T):
+    """A pass of T columns, of any tokens, after what the cache has committed."""
+    tokens = torch.zeros(len(cache.length), T, dtype=torch.long, device=cache.length.device)
+    model.logits(model(tokens, cache))[0, 0, 0].item()  # waits for a GPU
 
 
 def described(args, prompts):
@@ -140,8 +184,8 @@ def described(args, prompts):
 
 def legend(args, model, prompts, *more):
     """What the tables of `compare` were measured on, and what their columns are."""
-    return (f"{machine(model, *more)}; {described(args, prompts)}. Pass and fused without a name use {args.lookahead}. The tree is "
-            "that of the first prompt. Times as fast: median over prompts of the time a token of the first method by that of this "
+    return (f"{machine(model, *more)}; {described(args, prompts)}. Methods without a name use {args.lookahead}. "
+            "Times as fast: median over prompts of the time a token of the first method by that of this "
             "one, prefill apart; from, to: its quartiles.")
 
 
@@ -185,7 +229,7 @@ def cost(args):
 def acceptance(args):
     """The probability that a draft is accepted, by position and by rank, on texts that the model writes after the prompts."""
     model, tokenizer, prompts = start(args)
-    lookahead = loaded(args.lookahead, model, tokenizer, tuple(next(iter(prompts.values()))[0]))  # a "mean": of the first prompt
+    lookahead = load_lookahead(args.lookahead, model, tokenizer)
     if args.new_tokens <= len(lookahead.embeddings) or min(len(row) for rows in prompts.values() for row in rows) < PROMPT:
         raise InputError(f"prompts must have {PROMPT} tokens or more, and more new ones than {len(lookahead.embeddings)} drafts")
     yield f"{machine(model)}; {args.lookahead}; {args.new_tokens} tokens written after the last {PROMPT} of each prompt"
@@ -209,9 +253,10 @@ def speed(args):
     for kind, rows in prompts.items():
         for params in settings:
             for spec, row in compare(runs[kind], args, rows, params, f"{kind}, temperature {params.temperature:g}"):
-                method, file, _ = parse_method(spec)
+                method, file, shape = parse_method(spec)
+                method += (f", {Path(file).stem}" if file else "") + (f"={shape}" if shape.isdecimal() else "")
                 yield {"text": kind, "temperature": params.temperature, "top-k": params.top_k or "off",
-                       "method": f"{method}, {Path(file).stem}" if file else method} | row
+                       "method": method} | row
 
 
 def length(args):
@@ -219,28 +264,31 @@ def length(args):
     model, tokenizer, prompts = start(args)
     yield legend(args, model, prompts)
     for kind, rows in prompts.items():
-        lookahead = loaded(args.lookahead, model, tokenizer, tuple(rows[0]))
+        lookahead = load_lookahead(args.lookahead, model, tokenizer)
         known = len(lookahead.embeddings)
         for t in args.temperatures:
-            runs = {("autoregressive", "", 1): decoder(args, model, tokenizer, rows, "autoregressive")}
+            runs = {("autoregressive", "", 1): "autoregressive"}
             for L in sorted({min(L, known) for L in args.lengths}):
-                runs["pass", L, 1 + L] = decoder(args, model, tokenizer, rows, "pass", L)
-            for columns in args.columns:  # as if so many columns cost what one costs
-                if tree := choose_tree(known_acceptance(lookahead, t), {1: 1.0, columns: 1.0}, 0):
-                    depth, spec = max(map(len, tree)), f"fused={' '.join(tree)}"
-                    runs["fused", depth, (1 + len(tree)) * (1 + depth)] = decoder(args, model, tokenizer, rows, spec)
-            runs["fused, auto", "", ""] = decoder(args, model, tokenizer, rows, "fused")
+                runs["pass", L, 1 + L] = f"pass={L}"
+                runs["fused", L, (1 + L) ** 2] = f"fused={L}"
+            for columns in args.columns:  # the tree that should accept most within so many columns
+                trees = [best_tree(table_for(lookahead, t), depth, columns) for depth in range(1, known + 1)]
+                paths, _ = max(trees, key=lambda tree: tree[1])
+                if paths:
+                    depth = max(map(len, paths))
+                    runs["tree", depth, (1 + len(paths)) * (1 + depth)] = f"tree={' '.join(paths)}"
+            runs["tree, auto", "", ""] = "tree=auto"
+            runs = {name: decoder(args, model, tokenizer, rows, spec) for name, spec in runs.items()}
             for (method, L, columns), row in compare(runs, args, rows, Params(t), f"{kind}, temperature {t:g}"):
                 yield {"text": kind, "temperature": t, "method": method, "L": L, "columns": columns} | row
 
 
 # Parameters, width, layers, key/value heads, width of a head, vocabulary.
-SHAPES = {"LLaMA 2 7B": (6.74e9, 4096, 32, 32, 128, 32000), "LLaMA 3 70B": (70.6e9, 8192, 80, 8, 128, 128256),
-          "LLaMA 3 405B": (405.9e9, 16384, 126, 8, 128, 128256)}
+SHAPES = {"LLaMA 2 7B": (6.74e9, 4096, 32, 32, 128, 32000), "LLaMA 3 70B": (70.6e9, 8192, 80, 8, 128, 128256)}
 
 
 def memory(args):
-    """What a look-ahead adds to a model, in parameters and bytes; with --project, what to expect of larger models elsewhere."""
+    """What a look-ahead adds to a model, in parameters and bytes."""
     model = Llama.load(args.model, DTYPES.get(args.dtype), device_named(args.device))
     tokenizer, c, rank = load_tokenizer(args.model, model.config.vocab_size), model.config, 256
     shapes = {args.model.name: (parameters(model), c.dim, c.n_layers, c.n_kv_heads, c.head_dim, c.vocab_size)} | SHAPES
@@ -255,27 +303,6 @@ def memory(args):
         small = load_draft_model(args.draft_model, model, tokenizer)
         yield {"model": args.model.name, "part": f"a draft model, {args.draft_model.name}", "parameters": parameters(small),
                "MB": parameters(small) * 2 / 1e6, "share %": 100 * parameters(small) / parameters(model)}
-    if not args.project:
-        return
-    if args.lookahead in ("unk", "mean") or not (lookahead := loaded(args.lookahead, model, tokenizer, ())).acceptance:
-        raise InputError("--project needs a trained --lookahead FILE with the acceptance that was measured for it")
-    balance = args.tflops * 1e12 / (args.bandwidth * 1e9)
-    yield (f"Measured: the acceptance, of {args.lookahead} on this model. Assumed: that a model of another size accepts as much; "
-           f"{args.bandwidth:g} GB/s, {args.tflops:g} Tflop/s; a pass reads two bytes a parameter, or computes two operations a "
-           f"parameter and column, whichever takes longer, and nothing else. So {balance:.0f} columns are free, of --rows "
-           f"{args.rows} in all. Whether one device holds the model is another question. `pass` has the chain's measured "
-           f"acceptance; `fused` takes that of a draft as independent of the draft before it.")
-    for name, (total, *_) in shapes.items():
-        seconds = {T: 2 * total * max(1 / (args.bandwidth * 1e9), T * args.rows / (args.tflops * 1e12)) for T in range(1, 513)}
-        for t, table in lookahead.acceptance.items():
-            L = len(table["by_position"])
-            tree = choose_tree(table["by_rank"], seconds, 0)
-            gain = gains(table["by_rank"])
-            tokens = 1 + sum(math.prod(gain[d][int(k)] for d, k in enumerate(path)) for path in tree)
-            taken = seconds[(1 + len(tree)) * (1 + max(map(len, tree), default=0))]
-            yield {"model": name, "temperature": float(t), "plain tokens/s": args.rows / seconds[1], "pass, times as fast": (
-                2 + table["expected"]) / 2 * seconds[1] / seconds[1 + L], "fused, times as fast": tokens * seconds[1] / taken,
-                "its drafts": len(tree)}
 
 
 def two_sample(a, b, rounds=9999):
@@ -291,8 +318,7 @@ def two_sample(a, b, rounds=9999):
 def log_p(model, prompt, text):
     """Mean log probability of the tokens of `text` after `prompt`."""
     tokens = torch.tensor([prompt + text], device=model.embedding.device)
-    at = torch.arange(tokens.shape[1] - 1, device=tokens.device)
-    h = model(tokens[:, :-1], at[None], Cache(model, 1, len(at)))[0, len(prompt) - 1:]
+    h = model(tokens[:, :-1], Cache(model, 1, tokens.shape[1]))[0, len(prompt) - 1:]
     return model.logits(h).float().log_softmax(-1).gather(1, tokens[0, len(prompt):, None]).mean()
 
 
@@ -410,7 +436,8 @@ def peers(args):
                                          pad_token_id=0, repetition_penalty=1.0, do_sample=bool(sampling), **sampling, **options)
                 return time.perf_counter() - began, texts[:, ids.shape[1]:].tolist()
             (prefill, _), (seconds, texts) = write(1), write(tokens)
-            return {"seconds": seconds, "prefill_seconds": prefill, "tokens": texts, "tokens_per_pass": None}
+            return {"seconds": seconds, "prefill_seconds": prefill, "tokens": texts, "tokens_per_pass": None,
+                    "decoded": len(texts[0]) - 1}  # the first is the prefill's
         return decode
 
     @lru_cache
@@ -474,19 +501,20 @@ def main():
         add("--model", type=Path, required=True, help="folder of the model")
         add("--dtype", choices=DTYPES, nargs="+" if function is cost else None, help="default: as in pass_sampler.py")
         add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+        add("--no-graph", action="store_true", help="on a GPU, do not record the steps")
         add("--json", type=Path, metavar="FILE", help="write the numbers there too")
         if picture:
             add("--plot", type=Path, metavar="FILE", help="draw them, as .svg, .png or .pdf")
         if function is cost:
             return add
-        add("--lookahead", default="mean", metavar="FILE|unk|mean", help="default: %(default)s")
         if function in (speed, memory, peers):
             add("--draft-model", type=Path, metavar="DIR", help="for draft-model, and as transformers' assistant")
         if function in (speed, quality, peers):
-            add("--methods", nargs="*", default=["pass", "fused"],
-                help="against autoregressive: METHOD[:LOOKAHEAD][=TREE] (default: pass fused)")
+            add("--methods", nargs="*", default=["pass", "fused=1"],
+                help="against autoregressive: METHOD[:LOOKAHEAD][=L or TREE] (default: pass fused=1)")
         if function is memory:
             return add
+        add("--lookahead", default="mean", metavar="FILE|unk|mean", help="default: %(default)s")
         add("--temperatures", type=float, nargs="+", default=temperatures,
             help=f"default: {' '.join(f'{t:g}' for t in temperatures)}")
         add("--prompts", type=Path, default=DEMO / "prompts.json", help="JSON {kind: [text, ..]} (default: demo/prompts.json)")
@@ -502,19 +530,15 @@ def main():
     add("--top-k", type=int, nargs="+", default=[0], help="0 is off (default: 0)")
     add = command(length, (0.0, 1.0), x="columns", y="times as fast", series=["method"], facets=["text", "temperature"])
     add("--lengths", type=int, nargs="+", default=[1, 2, 4, 6, 8], help="L of pass, as far as the file goes (default: 1 2 4 6 8)")
-    add("--columns", type=int, nargs="+", default=[4, 6, 8, 12, 18], help="of the block of fused (default: 4 6 8 12 18)")
-    add = command(memory)
-    add("--project", action="store_true", help="larger models, on another machine")
-    add("--bandwidth", type=float, default=3350, help="of that machine, GB/s (default: %(default)s, an H100)")
-    add("--tflops", type=float, default=990, help="its arithmetic, Tflop/s (default: %(default)s, an H100, bfloat16)")
-    add("--rows", type=int, default=1, help="sequences that it decodes at once (default: %(default)s)")
+    add("--columns", type=int, nargs="+", default=[6, 8, 12, 18], help="of the block of a tree (default: 6 8 12 18)")
+    command(memory)
     add = command(quality, (0.8,))
     add("--samples", type=int, default=8, help="of each prompt or problem (default: %(default)s)")
     add("--problems", type=int, default=0, help="of HumanEval, in place of --prompts")
     add("--execute", action="store_true", help="run the programs that the model wrote for HumanEval, shut in as `passes` says")
     command(peers)
     args = parser.parse_args()
-    least = dict(rounds=1, count=1, new_tokens=2, samples=1, rows=1, bandwidth=1, tflops=1, problems=0, lengths=1, columns=4)
+    least = dict(rounds=1, count=1, new_tokens=2, samples=1, problems=0, lengths=1, columns=4)
     for name, bound in least.items():
         value = getattr(args, name, bound)
         if (min(value) if isinstance(value, list) else value) < bound:

@@ -1,39 +1,48 @@
-"""A LLaMA in one file: configuration, weights, key/value cache, forward pass, tokenizer.
+"""LLaMA in one file: configuration, key/value cache, forward pass, loading. Nothing of PaSS.
 
-One idea carries the repository: *a decoder is a choice of block*. `Llama.forward` runs a block of T columns per row through the
-network after whatever the cache has committed; the caller says which tokens (or bare embeddings) stand in the columns, at
-which positions, and what each may see, and afterwards commits the columns that turned out to be right. Prefill, plain
-decoding and both passes of PaSS differ in nothing else.
+One idea carries the repository: *a decoder is a choice of block*. A block is T columns per row:
+tokens, or vectors in the place of tokens. `Llama.forward` runs a block after the text that the
+cache holds. The caller says at which positions the columns stand and what each of them sees, and
+afterwards commits the columns that turned out to be right; the others are as if they had never
+run. Prefill, plain decoding and both passes of PaSS differ in nothing else.
 
-Shapes: B batch rows, T block columns, S cache slots, V vocabulary, L look-ahead tokens, D width, R memory slots,
-H query heads, K key/value heads, E width of a head. Read `Config`, `Cache`, `Llama.forward`, then go on to pass_sampler.py.
+Shapes: B batch rows, T block columns, S cache slots, V vocabulary, D width, R memory slots,
+H query heads, K key/value heads, G = H/K, E width of a head.
+Read `Config`, `Cache`, `Llama.forward`; then go on to pass_sampler.py.
 """
-import codecs
-import json
+import copy
 import math
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from files import InputError, open_tensors, read_json, weight_files
 
-# ---------------------------------------------------------------------------------------------------------- configuration
+# -------------------------------------------- configuration
 
-# What this file computes. A checkpoint that wants anything else is refused by name, never run wrongly.
-ONLY = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None,
-        "quantization_config": None, "partial_rotary_factor": 1.0}
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+# What this file computes. A checkpoint that wants anything else is refused by name.
+ONLY = {
+    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "sliding_window": None, "quantization_config": None, "partial_rotary_factor": 1.0,
+}
+DTYPES = {
+    "float16": torch.float16, "bfloat16": torch.bfloat16,
+    "float32": torch.float32, "float64": torch.float64,
+}
+# Kinds of rotary scaling, and the numbers that each needs.
+SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    """The part of a Hugging Face `config.json` that a LLaMA needs. `context` is the longest text in tokens."""
+    """What a LLaMA needs of a Hugging Face `config.json`. context: the longest text, in tokens."""
     vocab_size: int
     dim: int
     ffn_dim: int
@@ -43,231 +52,226 @@ class Config:
     head_dim: int
     norm_eps: float
     rope_theta: float
-    rope: dict  # {"rope_type": "default" | "linear" | "llama3", and that scaling's numbers}
+    rope: dict  # {"rope_type": a key of SCALINGS, and that scaling's numbers}
     context: int
-    tied: bool
+    tied: bool  # the output matrix is the embedding
     dtype: str
     stop_tokens: tuple
 
     @staticmethod
     def load(folder):
-        """Read folder/config.json. Raises InputError for what is missing, malformed or not supported."""
+        """Read folder/config.json. Raises InputError where that cannot be, or is not supported."""
         path = Path(folder) / "config.json"
         raw = read_json(path)
         if not isinstance(raw, dict) or "model_type" not in raw:
-            raise InputError(f"{path} has no model_type; expected the config.json of a Hugging Face LLaMA")
+            raise InputError(f"{path} has no model_type; expected the config.json of a LLaMA")
         for key, supported in ONLY.items():
             if raw.get(key, supported) != supported:
-                raise InputError(f"{path}: {key} = {raw[key]!r} is not supported, only {supported!r}")
+                raise InputError(f"{path}: {key} = {raw[key]!r} is not supported, only "
+                                 f"{supported!r}")
 
-        def number(key, default=None, kind=int):
-            value = raw.get(key) if raw.get(key) is not None else default
-            if type(value) not in (int, kind) or not 0 < value < 2 ** 31:
-                raise InputError(f"{path}: {key} must be a positive {kind.__name__}, not {value!r}")
-            return kind(value)
+        def number(key, default=None, type_=int):
+            value = raw.get(key)
+            value = default if value is None else value
+            if type(value) not in (int, type_) or not 0 < value < 2**31:
+                raise InputError(f"{path}: {key} must be a positive {type_.__name__}, not "
+                                 f"{value!r}")
+            return type_(value)
 
-        # Rotary settings: `rope_theta` beside `rope_scaling`, or both in `rope_parameters` (transformers 5).
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
-        needs = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                                                                  "original_max_position_embeddings")}
-        if rope["rope_type"] not in needs:
-            raise InputError(f"{path}: rotary scaling {rope['rope_type']!r} is not supported, only {', '.join(needs)}")
-        for key in needs[rope["rope_type"]]:
+        # Rotary settings: `rope_theta` beside `rope_scaling`, or all in `rope_parameters`.
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        scaling = rope.get("rope_type", rope.get("type", "default"))
+        if scaling not in SCALINGS:
+            raise InputError(f"{path}: rotary scaling {scaling!r} is not supported, only "
+                             f"{', '.join(SCALINGS)}")
+        for key in SCALINGS[scaling]:
             if not isinstance(rope.get(key), (int, float)) or rope[key] <= 0:
-                raise InputError(f"{path}: rotary scaling {rope['rope_type']!r} needs a positive {key}")
+                raise InputError(f"{path}: rotary scaling {scaling!r} needs a positive {key}")
         raw.setdefault("rope_theta", rope.get("rope_theta"))
-        rope = {"rope_type": rope["rope_type"], **{key: float(rope[key]) for key in needs[rope["rope_type"]]}}
 
-        n_heads, dim = number("num_attention_heads"), number("hidden_size")
+        n_heads = number("num_attention_heads")
         n_kv_heads = number("num_key_value_heads", n_heads)
+        dim = number("hidden_size")
         head_dim = number("head_dim", dim // n_heads)
         if n_heads % n_kv_heads or head_dim % 2:
-            raise InputError(f"{path}: {n_heads} heads must be a multiple of {n_kv_heads} key/value heads, and head_dim "
-                             f"{head_dim} even")
+            raise InputError(f"{path}: {n_heads} heads must be a multiple of {n_kv_heads} "
+                             f"key/value heads, and head_dim {head_dim} even")
         dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
         if dtype not in DTYPES:
             raise InputError(f"{path}: dtype {dtype!r} is not supported, only {', '.join(DTYPES)}")
+
+        # generation_config.json comes first, as in transformers.
         generation = Path(folder) / "generation_config.json"
         stop = read_json(generation).get("eos_token_id") if generation.exists() else None
-        stop = stop if stop is not None else raw.get("eos_token_id")
-        stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
+        if stop is None:
+            stop = raw.get("eos_token_id")
+        if not isinstance(stop, list):
+            stop = [] if stop is None else [stop]
         if not all(type(token) is int for token in stop):
-            raise InputError(f"{path}: eos_token_id must be a token's id or a list of them, not {stop}")
-        return Config(number("vocab_size"), dim, number("intermediate_size"), number("num_hidden_layers"), n_heads, n_kv_heads,
-                      head_dim, number("rms_norm_eps", 1e-6, float), number("rope_theta", 10000.0, float), rope,
-                      number("max_position_embeddings", 2048), bool(raw.get("tie_word_embeddings", False)), dtype, tuple(stop))
+            raise InputError(f"{path}: eos_token_id must be a token's id or a list of them, not "
+                             f"{stop}")
+
+        return Config(
+            vocab_size=number("vocab_size"),
+            dim=dim,
+            ffn_dim=number("intermediate_size"),
+            n_layers=number("num_hidden_layers"),
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+            norm_eps=number("rms_norm_eps", 1e-6, float),
+            rope_theta=number("rope_theta", 10000.0, float),
+            rope={"rope_type": scaling, **{key: float(rope[key]) for key in SCALINGS[scaling]}},
+            context=number("max_position_embeddings", 2048),
+            tied=bool(raw.get("tie_word_embeddings", False)),
+            dtype=dtype,
+            stop_tokens=tuple(stop),
+        )
 
 
-def rope_frequencies(config):
-    """Angle by which each of the E/2 pairs of a head turns per position, (E/2,) float32: RoFormer, arXiv 2104.09864, eq. 15.
-
-    "linear" squeezes all positions; "llama3" squeezes only wavelengths that are long against the original context.
-    """
-    frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-    rope = config.rope
-    if rope["rope_type"] == "linear":
-        return frequency / rope["factor"]
-    if rope["rope_type"] == "llama3":
-        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # full turns in the original context
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wavelength, unchanged; 0: long, squeezed
-        return keep * frequency + (1 - keep) * frequency / rope["factor"]
-    return frequency
-
-
-# ------------------------------------------------------------------------------------------------------------------ cache
+# ---------------------------------------------------- cache
 
 class Cache:
     """Keys and values of B rows. Slots of a row: [ memory R | committed | block T ].
 
-    `length` (B,) counts the committed columns, per row, so rows of different lengths need no other code. `Llama.forward`
-    writes its block after them and commits nothing: what `commit` does not keep, the next block overwrites. Rejecting a draft
-    therefore costs nothing and cannot be forgotten.
+    `length` (B,) counts the committed columns per row, so rows of different lengths need no code of
+    their own. `Llama.forward` writes its block after them and commits nothing: what `commit` does
+    not keep, the next block overwrites. So rejecting a draft costs nothing and cannot be forgotten.
     """
 
-    def __init__(self, model, rows, slots, memory=None):
-        """Room for `slots` columns per row, committed and block together. memory: (layers, 2, R, K, E) or None."""
-        c, weight = model.config, model.embedding
-        # (layers,B,S,2K,E), first the keys' heads. Zeros, not empty: a masked slot has weight 0, but 0 * NaN is NaN.
-        self.kv = torch.zeros(c.n_layers, rows, slots, 2 * c.n_kv_heads, c.head_dim, dtype=weight.dtype, device=weight.device)
-        self.length = torch.zeros(rows, dtype=torch.long, device=weight.device)
-        self.memory = 0
-        if memory is not None:
-            self.set_memory(memory)
+    def __init__(self, model, rows, slots):
+        """Room for `slots` columns per row, committed and block together."""
+        c, like = model.config, model.embedding
+        # Zeros, not empty: a slot that is not seen has weight 0, but 0 * NaN is NaN. In this order
+        # the keys of a layer are (B*K,S,E) without a copy, which is what a GPU multiplies.
+        self.kv = like.new_zeros(c.n_layers, 2, rows, c.n_kv_heads, slots, c.head_dim)
+        self.length = torch.zeros(rows, dtype=torch.long, device=like.device)
+        self.memory = 0  # R, the number of memory slots
+        self.reads_all = like.is_cuda  # a GPU wants fixed shapes: it looks at all slots
 
-    def set_memory(self, memory):
-        """Put memory (layers,2,R,K,E) before every row's columns. Out of place: in training its gradient flows through here."""
-        self.memory = memory.shape[2]
-        memory = memory.transpose(1, 2).flatten(2, 3)  # (layers,R,2K,E), as they lie in a row: first the keys' heads
-        self.kv = torch.cat([memory[:, None].expand(-1, self.kv.shape[1], -1, -1, -1), self.kv], 2)
+    def with_memory(self, memory):
+        """This cache with memory (layers,2,R,K,E), keys and values, before the text of every row.
 
-    def next(self):
-        """(B,1): where in the flattened (B*S) slots each row's block begins."""
-        rows, slots = self.kv.shape[1:3]
-        return (torch.arange(rows, device=self.length.device) * slots + self.memory + self.length)[:, None]
+        Only columns that ask for it see it (`mask`). Gradients flow to the memory.
+        """
+        cache = copy.copy(self)
+        rows = self.kv.shape[2]
+        memory = memory.transpose(2, 3)[:, :, None]  # (layers,2,1,K,R,E)
+        cache.kv = torch.cat([memory.expand(-1, -1, rows, -1, -1, -1), self.kv], 4)
+        cache.memory = memory.shape[4]
+        return cache
 
-    def block(self, T, visible, sees_memory, sees_committed):
-        """Where the next block of T columns goes and what it sees; the arguments are those of `Llama.forward`.
+    def next(self, T):
+        """(B,1) and (B,T): rows and slots, as indices, of the next block of T columns."""
+        rows, device = len(self.length), self.length.device
+        slots = self.memory + self.length[:, None] + torch.arange(T, device=device)
+        return torch.arange(rows, device=device)[:, None], slots
 
-        Returns slots (B,T) in the flattened (B*S), the range of slots that attention reads, and an additive mask (B,1,T,range)
-        or None where every column sees all of the range.
+    def mask(self, T, visible=None, sees_memory=None):
+        """(B,T,S): which slots the columns of the next block see. All of them see the committed.
+
+        visible (T,T): which columns of the block (second axis) a column (first axis) sees, itself
+        included; None is causal. sees_memory (T,): which columns see the memory; None is none.
         """
         rows, device = len(self.length), self.length.device
-        stop = self.memory + int(self.length.max()) + T
-        if stop > self.kv.shape[2]:
-            raise IndexError(f"block of {T} columns ends at slot {stop} of {self.kv.shape[2]}")
-        start = self.memory if sees_memory is None else 0  # without memory readers its slots are not even looked at
-        column = torch.arange(T, device=device)
-        slots = self.next() + column
-        if rows == T == 1 and sees_memory is None and sees_committed is None:
-            return slots, (start, stop), None
-        at = torch.arange(start - self.memory, stop - self.memory, device=device)  # memory < 0 <= committed < length
-        limit = self.length[:, None] if sees_committed is None else sees_committed
-        seen = (at < limit[:, :, None]).expand(rows, T, -1).clone()  # memory and committed; the block's own columns come below
+        S = self.kv.shape[4] if self.reads_all else self.memory + int(self.length.max()) + T
+        slot = torch.arange(S, device=device) - self.memory  # memory < 0 <= committed < length
+        committed = (slot >= 0) & (slot < self.length[:, None, None])
+        seen = committed.repeat(1, T, 1)
         if sees_memory is not None:
-            seen &= (at >= 0) | sees_memory[..., None]  # the memory only for those that see it
-        visible = torch.ones(T, T, dtype=torch.bool, device=device).tril() if visible is None else visible
-        own = self.length[:, None, None] + column + self.memory - start  # where in `at` the block's columns are: (B,1,T)
-        seen.scatter_(2, own.expand(rows, T, T), visible.expand(rows, T, T))
-        mask = torch.zeros(seen.shape, dtype=self.kv.dtype, device=device).masked_fill_(~seen, -math.inf)
-        return slots, (start, stop), mask[:, None]
+            seen |= sees_memory[:, None] & (slot < 0)
+        if visible is None:
+            visible = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        block = self.next(T)[1][:, None].expand(rows, T, T)
+        return seen.scatter_(2, block, visible.expand(rows, T, T))
 
     def commit(self, count, columns=None):
-        """Keep, per row, the first `count` (an int or (B,)) of the block's columns.
+        """Keep, per row, the first `count` (an int, or (B,)) columns of the block that just ran.
 
-        columns: (n,) or (B,n) block columns to keep in that order, for a path through a tree; None is 0, 1, 2, ...
+        columns (B,n): keep these, in this order, in place of 0, 1, 2, ..: a path through a tree.
         """
         if columns is not None:
-            flat = self.kv.flatten(1, 2)  # a view: (layers, B*S, 2K, E)
-            to = torch.arange(columns.shape[-1], device=columns.device)
-            flat[:, self.next() + to] = flat[:, self.next() + columns]
-        self.length = self.length + count
+            rows, to = self.next(columns.shape[1])
+            kept = self.kv[:, :, rows, :, to[:, :1] + columns]  # (B,n,layers,2,K,E)
+            self.kv[:, :, rows, :, to] = kept
+        self.length += count
 
 
-# ------------------------------------------------------------------------------------------------------------------ model
+# ---------------------------------------------------- model
 
-def packs(device):
-    """Does PyTorch have the matrix product here that `pack` wants? FBGEMM's, on x86."""
-    return torch.device(device).type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
+def rope_frequencies(config):
+    """(E/2,): the angle by which each pair of a head turns per position (arXiv 2104.09864, eq. 15).
 
-
-def pack(model):
-    """Keep the matrices in float16 and compute in float32, in place; the model then decodes only.
-
-    A pass over few columns is bound by reading the matrices. PyTorch's own product of bfloat16 matrices on a CPU rearranges all of
-    a matrix at every call; this one, made for inference, finds it laid out once and for all, and reads it at the speed of the
-    memory. What bfloat16 rounds between the products stays exact besides, so that methods differ by float32's rounding alone. The
-    price is a cache, and an embedding, of float32.
+    "linear" squeezes all positions; "llama3" only the wavelengths that are long against the context
+    of the first training.
     """
-    from torch.ao.nn.quantized.dynamic import Linear
-    for module in (model, *model.layers):
-        for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if weight.ndim == 2 and name != "embedding":
-                packed = Linear(1, 1, bias_=False, dtype=torch.float16)  # its shape is that of the weight it is given
-                packed.set_weight_bias(weight.float(), None)
-                delattr(module, name)
-                setattr(module, name, packed.forward)
-            else:
-                setattr(module, name, nn.Parameter(weight.float(), requires_grad=False))
+    E, rope = config.head_dim, config.rope
+    frequency = config.rope_theta ** (-torch.arange(0, E, 2, dtype=torch.float32) / E)
+    if rope["rope_type"] == "linear":
+        return frequency / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short, unchanged; 0: long, squeezed
+        return keep * frequency + (1 - keep) * frequency / rope["factor"]
+    return frequency
+
+
+def attention(q, k, v, bias):
+    """Softmax attention of q (B,K,N,E) over k, v (B,K,S,E); bias (B,1,N,S) is 0 or -inf.
+
+    A CPU has a fused kernel for it. A GPU's, given a mask, runs as few blocks as there are
+    key/value heads: with 2048 slots an H200 took 2.5 times as long per pass as with plain products.
+    Where gradients flow, plain products are faster on a CPU too.
+    """
+    if q.device.type == "cpu" and not q.requires_grad:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    N, S, E = q.shape[2], *k.shape[2:]
+    bias = bias.expand(-1, q.shape[1], -1, -1).reshape(-1, N, S)
+    flat_q, flat_k, flat_v = q.reshape(-1, N, E), k.reshape(-1, S, E), v.reshape(-1, S, E)
+    wide = {} if q.requires_grad else {"out_dtype": bias.dtype}  # bfloat16 would round the scores
+    scores = torch.baddbmm(bias, flat_q, flat_k.mT, alpha=E**-0.5, **wide)
+    return torch.bmm(scores.softmax(-1).to(v.dtype), flat_v).view(q.shape)
 
 
 def linear(x, weight):
-    """x (...,I) -> (...,O); weight (O,I), or what `pack` made of it."""
-    return F.linear(x, weight) if torch.is_tensor(weight) else weight(x)
-
-
-def rms_norm(x, weight=None, eps=1e-7):
-    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467). On a CPU F.rms_norm makes eight small calls, a layer norm one, and
-    that of [x, -x], whose mean is 0 and whose variance is mean(x^2), is the same."""
-    D = x.shape[-1]
-    if x.is_cuda:
-        return F.rms_norm(x, (D,), weight, eps)
-    x = F.layer_norm(torch.cat((x, -x), -1), (2 * D,), eps=eps)[..., :D]
-    return x if weight is None else x * weight
+    """x (..,I) -> (..,O); weight (O,I), or what `Llama.pack` made of it."""
+    if torch.is_tensor(weight):
+        return F.linear(x, weight)
+    return torch.ops.quantized.linear_dynamic_fp16(x, weight)
 
 
 class Layer(nn.Module):
-    """Weights of one layer. q, k, v are one matrix and so are gate and up: each product is one call, one read of memory."""
+    """Weights of one layer. q, k, v are one matrix, and so are gate and up: one product each."""
 
-    def __init__(self, c, **kind):
+    def __init__(self, c, **like):
         super().__init__()
-        self.attention_norm = nn.Parameter(torch.empty(c.dim, **kind))
-        self.qkv = nn.Parameter(torch.empty((c.n_heads + 2 * c.n_kv_heads) * c.head_dim, c.dim, **kind))
-        self.o = nn.Parameter(torch.empty(c.dim, c.n_heads * c.head_dim, **kind))
-        self.ffn_norm = nn.Parameter(torch.empty(c.dim, **kind))
-        self.gate_up = nn.Parameter(torch.empty(2 * c.ffn_dim, c.dim, **kind))
-        self.down = nn.Parameter(torch.empty(c.dim, c.ffn_dim, **kind))
-
-
-# For the whole process: on a GPU PyTorch may prefer cuDNN's attention, which plans anew for every new number of slots. demo/model
-# took 17 ms a token on an H200 with it, where a pass at one length took 2.5.
-torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def attention(q, k, v, mask):
-    """Softmax attention, q (B,K,N,E) over k and v (B,K,S,E), mask additive or None. Where gradients flow it is spelled out: on a
-    CPU the backward pass of PyTorch's fused kernel takes longer than these two lines, and a training step 1.5 times as long."""
-    if not q.requires_grad:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
-    return (scores if mask is None else scores + mask).softmax(-1) @ v
+        qkv = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
+        self.attention_norm = nn.Parameter(torch.empty(c.dim, **like))
+        self.qkv = nn.Parameter(torch.empty(qkv, c.dim, **like))
+        self.o = nn.Parameter(torch.empty(c.dim, c.n_heads * c.head_dim, **like))
+        self.ffn_norm = nn.Parameter(torch.empty(c.dim, **like))
+        self.gate_up = nn.Parameter(torch.empty(2 * c.ffn_dim, c.dim, **like))
+        self.down = nn.Parameter(torch.empty(c.dim, c.ffn_dim, **like))
 
 
 class Llama(nn.Module):
-    """LLaMA (arXiv 2302.13971): RMSNorm before, rotary positions, grouped-query attention, SwiGLU. It knows nothing of PaSS."""
+    """LLaMA (arXiv 2302.13971): RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
     def __init__(self, config, dtype=torch.float32, device="cpu"):
         """Weights are allocated but not set: use `Llama.load`, or fill `parameters()` yourself."""
         super().__init__()
-        kind = dict(dtype=dtype, device=device)
+        like = dict(dtype=dtype, device=device)
         self.config = config
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim, **kind))
-        self.layers = nn.ModuleList(Layer(config, **kind) for _ in range(config.n_layers))
-        self.norm = nn.Parameter(torch.empty(config.dim, **kind))
-        self.output = self.embedding if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.dim, **kind))
-        turned = rope_frequencies(config).expand(config.n_heads + config.n_kv_heads, -1)
-        self.frequency = F.pad(turned, (0, 0, 0, config.n_kv_heads)).to(device)  # (H+2K,E/2): values turn by nothing
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim, **like))
+        self.layers = nn.ModuleList(Layer(config, **like) for _ in range(config.n_layers))
+        self.norm = nn.Parameter(torch.empty(config.dim, **like))
+        self.output = self.embedding
+        if not config.tied:
+            self.output = nn.Parameter(torch.empty(config.vocab_size, config.dim, **like))
+        # (H+2K,E/2). Queries and keys turn, values do not: one product turns all heads at once.
+        turning = rope_frequencies(config).expand(config.n_heads + config.n_kv_heads, -1)
+        self.frequency = F.pad(turning, (0, 0, 0, config.n_kv_heads)).to(device)
 
     @property
     def dtype(self):
@@ -276,7 +280,7 @@ class Llama(nn.Module):
 
     @property
     def precision(self):
-        """Both types in words."""
+        """Both types, in words."""
         weights, arithmetic = str(self.dtype)[6:], str(self.embedding.dtype)[6:]
         return weights if weights == arithmetic else f"{weights} weights, {arithmetic} arithmetic"
 
@@ -285,46 +289,69 @@ class Llama(nn.Module):
         return F.embedding(tokens, self.embedding)
 
     def logits(self, h):
-        """Output of `forward` (...,D) -> logits (...,V). Apart from forward, since most columns of most blocks need none."""
+        """Output of `forward` (..,D) -> logits (..,V). Apart, since many columns need none."""
         return linear(h, self.output)
 
-    def forward(self, x, positions, cache, visible=None, sees_memory=None, sees_committed=None):
-        """Run one block after the committed columns of the cache; commits nothing.
+    def forward(self, x, cache, positions=None, mask=None):
+        """Run one block after the committed columns of the cache. Commits nothing.
 
-        x: (B,T) token ids or (B,T,D) embeddings.  positions: (B,T), given and not derived: two columns may share one.
-        visible: (T,T) bool, which block columns (second axis) a column (first axis) sees; None is causal.
-        sees_memory: (T,) or (B,T) bool, which columns see the memory slots; None: no column does.
-        sees_committed: (B,T), how many committed columns each column sees (training puts many groups after one text); None: all.
+        x: (B,T) token ids or (B,T,D) embeddings.
+        positions: (B,T); None is the next ones. Two columns may share one.
+        mask: (B,T,S) bool, which slots each column sees, see `Cache.mask`; None is causal.
         Returns the last hidden states (B,T,D), normalised, ready for `logits`.
         """
         c = self.config
-        x = x if x.is_floating_point() else self.embed(x)
+        if not x.is_floating_point():
+            x = self.embed(x)
         B, T, _ = x.shape
         H, K, E, G = c.n_heads, c.n_kv_heads, c.head_dim, c.n_heads // c.n_kv_heads
-        slots, (start, stop), mask = cache.block(T, visible, sees_memory, sees_committed)
-        slots = slots.flatten()
-        mask = mask if mask is None else mask.repeat_interleave(G, 2)
-        angle = positions[:, :, None, None] * self.frequency  # (B,T,H+2K,E/2)
-        cos = torch.cat((angle.cos(), angle.cos()), -1).to(x.dtype)
-        sin = torch.cat((-angle.sin(), angle.sin()), -1).to(x.dtype)
+        rows, slots = cache.next(T)
+        if positions is None:
+            positions = slots - cache.memory
+        if mask is None:
+            mask = cache.mask(T)
+        S = mask.shape[2]
 
-        for layer, cached in zip(self.layers, cache.kv.flatten(1, 2)):  # (B*S,2K,E)
-            qkv = linear(rms_norm(x, layer.attention_norm, c.norm_eps), layer.qkv).view(B, T, H + 2 * K, E)
-            qkv = torch.addcmul(qkv * cos, qkv.roll(E // 2, -1), sin)  # (a, b) -> (a cos - b sin, b cos + a sin), halves of E
+        # The G query heads that share a key/value head stand as G columns: k and v are read once.
+        wide = torch.float32 if x.is_cuda else x.dtype
+        bias = torch.zeros(mask.shape, dtype=wide, device=x.device).masked_fill_(~mask, -math.inf)
+        bias = bias.repeat_interleave(G, 1)[:, None]  # (B,1,T*G,S)
+
+        # Rotary positions turn pairs (x_i, x_{i+E/2}): (a, b) -> (a cos - b sin, b cos + a sin).
+        angle = positions[:, :, None, None] * self.frequency  # (B,T,H+2K,E/2)
+        cos = torch.cat([angle.cos(), angle.cos()], -1).to(x.dtype)
+        sin = torch.cat([-angle.sin(), angle.sin()], -1).to(x.dtype)
+
+        # Where the block goes. One row on a CPU is written as a slice: a step is 4 % faster.
+        seen = cache.kv[:, :, :, :, :S]
+        block = seen[:, :, :, :, S - T:].permute(0, 2, 4, 1, 3, 5)  # (layers,B,T,2,K,E)
+        one_row = B == 1 and not cache.reads_all
+
+        for layer, cached, new in zip(self.layers, seen, block):
+            y = F.rms_norm(x, (c.dim,), layer.attention_norm, c.norm_eps)
+            qkv = linear(y, layer.qkv).view(B, T, H + 2 * K, E)
+            qkv = torch.addcmul(qkv * cos, qkv.roll(E // 2, -1), sin)
             q, kv = qkv.split((H, 2 * K), 2)
-            write = cached.index_copy if kv.requires_grad else cached.index_copy_  # in place, but where gradients flow
-            cached = write(0, slots, kv.flatten(0, 1)).view(B, -1, 2 * K, E)
-            k, v = cached[:, start:stop].transpose(1, 2).chunk(2, 1)  # each (B,K,S,E)
-            # The G query heads that share a key/value head stand as G columns, so that k and v are read once and not repeated.
+            kv = kv.view(B, T, 2, K, E)
+            if kv.requires_grad:
+                cached = cached.clone()  # autograd needs what attention read
+                cached[:, rows, :, slots] = kv
+            elif one_row:
+                new.copy_(kv)
+            else:
+                cached[:, rows, :, slots] = kv
+            keys, values = cached  # each (B,K,S,E)
             q = q.view(B, T, K, G, E).transpose(1, 2).reshape(B, K, T * G, E)
-            a = attention(q, k, v, mask)
-            x = x + linear(a.view(B, K, T, G, E).transpose(1, 2).reshape(B, T, H * E), layer.o)
-            gate, up = linear(rms_norm(x, layer.ffn_norm, c.norm_eps), layer.gate_up).chunk(2, -1)
+            a = attention(q, keys, values, bias)
+            a = a.view(B, K, T, G, E).transpose(1, 2).reshape(B, T, H * E)
+            x = x + linear(a, layer.o)
+            y = F.rms_norm(x, (c.dim,), layer.ffn_norm, c.norm_eps)
+            gate, up = linear(y, layer.gate_up).chunk(2, -1)
             x = x + linear(F.silu(gate) * up, layer.down)
-        return rms_norm(x, self.norm, c.norm_eps)
+        return F.rms_norm(x, (c.dim,), self.norm, c.norm_eps)
 
     def named_weights(self):
-        """The weights under their Hugging Face names: views into the fused matrices, to read from and to write to."""
+        """The weights by their Hugging Face names: views of the fused matrices."""
         c, E = self.config, self.config.head_dim
         named = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
         if not c.tied:
@@ -332,212 +359,89 @@ class Llama(nn.Module):
         for i, layer in enumerate(self.layers):
             q, k, v = layer.qkv.split((c.n_heads * E, c.n_kv_heads * E, c.n_kv_heads * E))
             gate, up = layer.gate_up.chunk(2)
-            named |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in {
-                "input_layernorm": layer.attention_norm, "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
-                "self_attn.o_proj": layer.o, "post_attention_layernorm": layer.ffn_norm, "mlp.gate_proj": gate,
-                "mlp.up_proj": up, "mlp.down_proj": layer.down}.items()}
+            parts = {
+                "input_layernorm": layer.attention_norm,
+                "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+                "self_attn.o_proj": layer.o,
+                "post_attention_layernorm": layer.ffn_norm,
+                "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": layer.down,
+            }
+            for name, tensor in parts.items():
+                named[f"model.layers.{i}.{name}.weight"] = tensor
         return named
 
     @classmethod
     @torch.no_grad()
     def load(cls, folder, dtype=None, device="cpu", packed=True):
-        """Load a Hugging Face folder: config.json and model.safetensors, or its shards and their index.
+        """Load a Hugging Face folder: config.json, and model.safetensors or shards and their index.
 
-        dtype: a torch dtype to run in; None is the checkpoint's own.
-        packed: on an x86 CPU, let `pack` make of float16, and of None for a half-precision checkpoint, what it can; training and
-        saving want False.
-        Each tensor is copied from the mapped file straight to its place, so no second copy of the model is held.
+        dtype: a torch dtype to run in; None is the checkpoint's own. packed: let `pack` have the
+        matrices where it can, if dtype is float16, or None for a half-precision checkpoint; False
+        where the weights are to be read, as in training.
+        Tensors are copied from the mapped file to their place: no second copy of the model is held.
         Raises InputError that names what is wrong.
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise InputError(f"no model folder {folder}; demo/model is one, or give a Hugging Face LLaMA folder")
+            raise InputError(f"no model folder {folder}; demo/model is one")
         config = Config.load(folder)
-        index = folder / "model.safetensors.index.json"
-        names = ["model.safetensors"]
-        if not (folder / names[0]).exists() and index.exists():
-            named = read_json(index)
-            named = named.get("weight_map") if isinstance(named, dict) else None
-            if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-                raise InputError(f"{index} has no weight_map of tensors to files")
-            names = sorted(set(named.values()))
         own = DTYPES[config.dtype]
-        packed = packed and packs(device) and (dtype == torch.float16 or dtype is None and own.itemsize == 2)
+        packed &= packs(device) and (dtype == torch.float16 or dtype is None and own.itemsize == 2)
         try:
             model = cls(config, own if packed or dtype is None else dtype, device)
         except RuntimeError as error:
-            raise InputError(f"{folder}: a model of the sizes in config.json does not fit into memory: "
-                             f"{str(error).splitlines()[0]}") from None
+            raise InputError(f"{folder}: a model of the sizes in config.json does not fit into "
+                             f"memory: {str(error).splitlines()[0]}") from None
         missing = model.named_weights()
-        for path in (folder / name for name in names):
+        for path in weight_files(folder):
             with open_tensors(path) as file:
                 for name in file.keys():
-                    if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
-                        continue  # old checkpoints carry what can be computed; a tied head is the embedding
-                    target, source = missing.pop(name, None), file.get_slice(name)
-                    if target is None:
-                        raise InputError(f"{path}: tensor {name} does not belong to this model or comes twice")
-                    if source.get_shape() != list(target.shape) or source.get_dtype() not in ("F32", "F16", "BF16"):
-                        raise InputError(f"{path}: {name} is {source.get_dtype()} {source.get_shape()}, expected "
-                                         f"F32, F16 or BF16 {list(target.shape)}")
-                    if not target.copy_(file.get_tensor(name)).isfinite().all():
-                        raise InputError(f"{path}: {name} has numbers that are not finite in {target.dtype}: damaged?")
+                    if name.endswith("rotary_emb.inv_freq"):
+                        continue  # old checkpoints carry what is computed here
+                    if config.tied and name == "lm_head.weight":
+                        continue  # it is the embedding
+                    if name not in missing:
+                        raise InputError(f"{path}: tensor {name} does not belong to this model, or "
+                                         f"comes twice")
+                    copy_weight(missing.pop(name), file, name, path)
         if missing:
-            raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {next(iter(missing))}")
+            raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is "
+                             f"{[*missing][0]}")
         if packed:
             pack(model)
         return model.requires_grad_(False)
 
 
-# -------------------------------------------------------------------------------------------------------------- tokenizer
-
-class Tokenizer:
-    """Text to token ids and back. `encode(text)` gives ids, with the beginning-of-text token where the model uses one; `pieces[id]`
-    is a token's bytes: none for control tokens, one of a character's for byte-fallback; `unk` is the unknown token's id, or None."""
-
-    def __init__(self, encode, pieces, unk):
-        self.encode, self.pieces, self.unk = encode, pieces, unk
-
-    def stream(self):
-        """A function from the next token id to the text that became whole with it.
-
-        Bytes, not texts, are put together: a character of several tokens appears with its last one, never broken.
-        """
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda token: decoder.decode(self.pieces[token] if token < len(self.pieces) else b"")
-
-    def decode(self, tokens):
-        """The text that `stream` gives for all of `tokens`."""
-        return "".join(map(self.stream(), tokens))
+def copy_weight(target, file, name, path):
+    """Copy tensor `name` of an open file to its place. Raises InputError where it does not fit."""
+    source = file.get_slice(name)
+    found = f"{source.get_dtype()} {source.get_shape()}"
+    if source.get_shape() != list(target.shape) or source.get_dtype() not in ("F32", "F16", "BF16"):
+        raise InputError(f"{path}: {name} is {found}, expected F32, F16 or BF16 "
+                         f"{list(target.shape)}")
+    if not target.copy_(file.get_tensor(name)).isfinite().all():
+        raise InputError(f"{path}: {name} has numbers that are not finite in {target.dtype}: "
+                         f"damaged?")
 
 
-def sentencepiece_bytes(piece):
-    return bytes.fromhex(piece[3:5]) if len(piece) == 6 and piece.startswith("<0x") else piece.replace("▁", " ").encode()
+def packs(device):
+    """Does PyTorch have here what `pack` wants? It is FBGEMM's product, on x86."""
+    engines = torch.backends.quantized.supported_engines
+    return torch.device(device).type == "cpu" and "fbgemm" in engines
 
 
-def load_tokenizer(folder, vocab_size):
-    """folder/tokenizer.model through sentencepiece, else folder/tokenizer.json through the optional package `tokenizers`.
+def pack(model):
+    """Keep the matrices as float16 and compute in float32, in place. The model then only decodes.
 
-    Raises InputError where it is missing, damaged, or has more pieces than the model's vocab_size.
+    A pass over few columns takes as long as reading the matrices. PyTorch's own product of
+    half-precision matrices rearranges them at every call. FBGEMM's was made for inference: it
+    arranges them once, here. Activations and cache stay float32, so methods agree to its rounding.
     """
-    def checked(tokenizer):
-        if len(tokenizer.pieces) > vocab_size:
-            raise InputError(f"the tokenizer of {folder} has {len(tokenizer.pieces)} pieces and the model a vocabulary of "
-                             f"{vocab_size}: they do not belong together")
-        return tokenizer
-
-    folder = Path(folder)
-    config = folder / "tokenizer_config.json"
-    config = read_json(config) if config.exists() else {}
-    if (folder / "tokenizer.model").exists():
-        from sentencepiece import SentencePieceProcessor
-        try:
-            sp = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"cannot read {folder / 'tokenizer.model'}: {error}") from None
-        bos = [sp.bos_id()] if config.get("add_bos_token", True) and sp.bos_id() >= 0 else []
-        pieces = [b"" if sp.is_control(i) or sp.is_unused(i) else sentencepiece_bytes(sp.id_to_piece(i))
-                  for i in range(sp.vocab_size())]
-        return checked(Tokenizer(lambda text: bos + sp.encode(text), pieces, sp.unk_id() if sp.unk_id() >= 0 else None))
-
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise InputError(f"{folder} has neither tokenizer.model nor tokenizer.json")
-    try:
-        import tokenizers
-    except ImportError:
-        raise InputError(f"{path} needs the optional package tokenizers: pip install tokenizers") from None
-    try:
-        hf = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises bare Exception
-        raise InputError(f"cannot read {path}: {error}") from None
-    # GPT-2's byte-level alphabet: printable bytes stand for themselves, the others for the characters from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    other = [b for b in range(256) if b not in printable]
-    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(other)}
-    raw = json.loads(hf.to_str())
-    byte_level, added = "ByteLevel" in json.dumps(raw["decoder"]), hf.get_added_tokens_decoder()
-
-    def to_bytes(i):
-        piece = hf.id_to_token(i) or ""
-        if i in added:
-            return b"" if added[i].special else added[i].content.encode()
-        return bytes(byte[char] for char in piece) if byte_level else sentencepiece_bytes(piece)
-
-    unk = config.get("unk_token") or raw["model"].get("unk_token")
-    unk = hf.token_to_id(unk["content"] if isinstance(unk, dict) else unk) if unk else None
-    return checked(Tokenizer(lambda text: hf.encode(text).ids, [to_bytes(i) for i in range(hf.get_vocab_size())], unk))
-
-
-# ------------------------------------------------------------------------------------------------------- files and errors
-
-class InputError(ValueError):
-    """Bad input. Its text is one line that names the cause and the remedy; `run_script` shows it and exits with 2."""
-
-
-def run_script(main):
-    """Run a script's main(): bad input becomes one line on stderr and exit code 2, Ctrl-C 130, a closed pipe silence."""
-    try:
-        main()
-        sys.stdout.flush()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:  # of stdout: a full disk, or `| head -1`, where nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
-        if not isinstance(error, BrokenPipeError):
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-
-
-def device_named(name):
-    """torch.device for --device; raises InputError where there is none."""
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError):
-        raise InputError(f"device {name!r} cannot be used here; --device cpu always can") from None
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-
-
-def check_writable(path):
-    """Raise InputError where a file could not be written later, when the work for it has been done."""
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise InputError(f"cannot write {path}: its folder must exist and be writable, and it must not be a folder itself")
-
-
-def write_file(path, save):
-    """save(path), but by way of a temporary name: whoever looks, and whenever we are killed, finds the old file or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save(temporary)
-        temporary.chmod(mode)  # safetensors' own files are for their owner only
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error}") from None
-
-
-def write_tensors(tensors, path, metadata=None):
-    """Save as safetensors, through `write_file`."""
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    write_file(path, lambda temporary: save_file(tensors, temporary, metadata))
-
-
-def open_tensors(path):
-    """safe_open for PyTorch, with an InputError where the file is missing, truncated or something else."""
-    if Path(path).is_dir():
-        raise InputError(f"{path} is a folder, and should be a safetensors file")
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+    for module in (model, *model.layers):
+        for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if weight.ndim == 2 and name != "embedding":
+                delattr(module, name)
+                packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+                setattr(module, name, packed)
+            else:
+                setattr(module, name, nn.Parameter(weight.float(), requires_grad=False))

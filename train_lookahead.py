@@ -13,7 +13,6 @@ train_lookahead.py ..`; only the look-ahead's gradients travel. Read `loss_and_g
 pass_sampler.py; N columns, M groups.
 """
 import argparse
-import copy
 import hashlib
 import json
 import math
@@ -28,9 +27,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (DTYPES, Cache, InputError, Llama, check_writable, device_named, load_tokenizer, open_tensors, run_script,
-                   write_tensors)
-from pass_sampler import Lookahead, Params, fingerprint, generate, load_lookahead, probs, residual, without_replacement
+from beyond.lookahead import LookaheadPlus
+from files import (
+    InputError, check_writable, device_named, fingerprint, load_tokenizer, open_tensors, run_script,
+    write_tensors)
+from model import DTYPES, Cache, Llama
+from pass_sampler import Params, Sampler, draw, load_lookahead, probs, residual
 
 TEXT, GROUPS, STEPS = 128, 4, 16  # tokens a text, groups a text and step, steps for which texts serve
 PROMPT = 48  # tokens after which the model writes a text
@@ -82,7 +84,7 @@ def prefix(model, text, offset, room):
     the model's own states (B,T,D)."""
     cache = Cache(model, text.shape[0], text.shape[1] + room)
     with torch.no_grad():
-        own = model(text, offset[:, None] + torch.arange(text.shape[1], device=text.device), cache)
+        own = model(text, cache, offset[:, None] + torch.arange(text.shape[1], device=text.device))
     cache.commit(text.shape[1])
     return cache, own
 
@@ -95,14 +97,17 @@ def states(model, lookahead, text, places, offset, cache, own):
     Returns drafts' and targets' states h, target (B*M*L, D), and the tokens (B*M*L,) that both predict.
     """
     M, L = places.shape[1], len(lookahead.embeddings)
-    cache = copy.copy(cache)  # the memory changes from step to step, the text does not
     if lookahead.memory is not None:
-        cache.set_memory(lookahead.memory)
+        cache = cache.with_memory(lookahead.memory)
     before = (places[:, :, None] + torch.arange(L, device=text.device)).flatten(1)  # (B,M*L): index of the token before the draft's
-    inside = torch.ones(L, L, dtype=torch.bool, device=text.device).tril()
-    h = model(lookahead.embeddings.repeat(M, 1).expand(len(text), -1, -1), offset[:, None] + before, cache,
-              visible=torch.block_diag(*[inside] * M), sees_committed=places.repeat_interleave(L, 1),
-              sees_memory=torch.ones(M * L, dtype=torch.bool, device=text.device))
+    # A group sees the memory, the text up to its place, and itself, causally.
+    start = cache.memory + text.shape[1]
+    slot = torch.arange(start + M * L, device=text.device)
+    group = torch.arange(M * L, device=text.device) // L
+    mask = slot < cache.memory + places.repeat_interleave(L, 1)[:, :, None]  # (B,M*L,S)
+    mask[:, :, start:] = (group == group[:, None]).tril()
+    x = lookahead.embeddings.repeat(M, 1).expand(len(text), -1, -1)
+    h = model(x, cache, offset[:, None] + before, mask)
     if lookahead.head_in is not None:
         h = h + F.linear(lookahead.features(h, model.embed(text.gather(1, before))), lookahead.head_out)
     target = own.gather(1, before[:, :, None].expand(-1, -1, own.shape[2]))
@@ -112,7 +117,8 @@ def states(model, lookahead, text, places, offset, cache, own):
 def backward(model, parts, objective, *batch):
     """Add one step's gradient to parts {name: float32 parameter}, averaged over columns of all texts; returns the loss.
     batch: text, places, offset, cache, own, as `states` takes them."""
-    h, target, tokens = states(model, Lookahead(**parts).to(model), *batch)
+    lookahead = LookaheadPlus(**{name: part.to(model.embedding) for name, part in parts.items()})
+    h, target, tokens = states(model, lookahead, *batch)
     loss, gradient = loss_and_gradient(model, h.detach(), target, tokens, objective)
     h.backward(gradient / len(h))
     return loss.item() / len(h)
@@ -158,14 +164,17 @@ def some_prompts(tokens, n, seed):
 
 
 def own_texts(model, prompts, temperature, seed, length=160, at_once=128):
-    """What the model itself writes after prompts (n,T), so many at once: texts (n, length), the prompt included."""
-    config, model.config = model.config, replace(model.config, stop_tokens=())
+    """What the model itself writes after prompts (n,T), so many at once: (n,length), prompts included.
+
+    It is not stopped by its stop tokens.
+    """
+    new = length - prompts.shape[1]
+    sampler = Sampler(model, "autoregressive", Params(temperature), min(at_once, len(prompts)), length)
     texts = []
     for i in tqdm(range(0, len(prompts), at_once), f"writing at {temperature}", leave=False, disable=None):
         rows = prompts[i:i + at_once].tolist()
-        texts += [p + t for p, t in zip(rows, generate(model, rows, "autoregressive", None, Params(temperature), length -
-                                                       prompts.shape[1], seed + i)["tokens"])]
-    model.config = config
+        written = sampler.generate(rows, new, seed + i, stop_tokens=())["tokens"]
+        texts += [before + after for before, after in zip(rows, written)]
     return torch.tensor(texts)
 
 
@@ -183,10 +192,10 @@ def evaluate(model, lookahead, texts, position=0, ranks=5):
     Per temperature: by_position, the probability a_j = sum_x min(p_j(x), q_j(x)) that draft j is accepted, the tokens x_i before
     it being the text's; expected, the accepted drafts of a chain, sum_j a_j prod_{i<j} min(1, q_i(x_i) / p_i(x_i)), which is
     unbiased since x_i ~ p_i; by_rank [position][k], the probability that one of k+1 drafts for that position is accepted, drawn
-    without replacement as `draft_tree` does (greedy: the k+1 best).
+    without replacement as beyond/tree.py does.
     """
-    lookahead = lookahead.to(model)
-    table, L = {}, len(lookahead.embeddings)
+    lookahead = lookahead.ready(model)
+    table, L, generator = {}, len(lookahead.embeddings), torch.Generator(model.embedding.device).manual_seed(0)
     for temperature, text in texts.items():
         accept, cover, chain = [], [], []
         for rows in text.split(8):
@@ -197,15 +206,14 @@ def evaluate(model, lookahead, texts, position=0, ranks=5):
             for hs, ts, x in zip(h.split(32 * L), target.split(32 * L), tokens.split(32 * L)):
                 logits = model.logits(hs)
                 p, q = probs(model.logits(ts), Params(temperature)), probs(logits, Params(temperature))
-                width = min(ranks, p.shape[-1])
-                if temperature == 0:
-                    cover.append(p.gather(1, logits.topk(width).indices).cumsum(1).view(-1, L, width))
-                else:
-                    rest, refused = p, [torch.ones(len(p), device=p.device)]  # as in `verify_tree`, with the average over u
-                    for q_k in without_replacement(q, width, torch.Generator(p.device).manual_seed(0))[1].unbind(1):
-                        refused.append(refused[-1] * (1 - torch.minimum(rest, q_k).sum(-1)))
-                        rest = residual(rest, q_k)
-                    cover.append(1 - torch.stack(refused[1:], 1).view(-1, L, width))
+                rest, refused, z = p, [torch.ones(len(p), device=p.device)], logits.clone()
+                for _ in range(min(ranks, p.shape[-1])):  # as in `verify_tree`, with the average over u
+                    q_k = probs(z, Params(temperature))
+                    refused.append(refused[-1] * (1 - torch.minimum(rest, q_k).sum(-1)))
+                    rest = residual(rest, q_k)
+                    u = torch.rand(len(z), dtype=torch.float64, generator=generator, device=z.device)
+                    z.scatter_(1, draw(q_k, u)[:, None], -math.inf)
+                cover.append(1 - torch.stack(refused[1:], 1).view(-1, L, len(refused) - 1))
                 accept.append(torch.minimum(p, q).sum(-1).view(-1, L))
                 kept = (q.gather(1, x[:, None]) / p.gather(1, x[:, None]).clamp(min=1e-30)).clamp(max=1).view(-1, L)
                 chain.append((accept[-1] * F.pad(kept, (1, 0), value=1)[:, :-1].cumprod(1)).sum(1))
@@ -231,8 +239,8 @@ def initial(model, tokens, length, memory, rank, seed):
     parts = {"embeddings": mean + 0.01 * torch.randn(length, c.dim, generator=generator).to(mean.device)}
     if memory:
         cache = Cache(model, 1, memory)
-        model(windows(tokens, 1, memory, generator).to(mean.device), torch.zeros(1, memory, device=mean.device), cache)
-        parts["memory"] = cache.kv[:, 0].unflatten(2, (2, c.n_kv_heads)).transpose(1, 2).float().contiguous()
+        model(windows(tokens, 1, memory, generator).to(mean.device), cache, torch.zeros(1, memory, device=mean.device))
+        parts["memory"] = cache.kv[:, :, 0].transpose(2, 3).float().contiguous()  # (layers,2,R,K,E)
     if rank:
         parts["head_in"] = torch.randn(rank, 2 * c.dim, generator=generator).to(mean.device) / math.sqrt(2 * c.dim)
         parts["head_out"] = torch.zeros(c.dim, rank, device=mean.device)
@@ -281,7 +289,7 @@ def train(args, model, pool, held, settings):
     mine = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
     while (done := step / args.steps if args.steps else spent / (60 * args.minutes)) < 1:
         if rank == 0 and spent - measured_at > every:
-            table, measured_at = evaluate(model, Lookahead(**parts), texts), spent
+            table, measured_at = evaluate(model, LookaheadPlus(**parts), texts), spent
             accept = " ".join(f"{a:.2f}" for a in table["1.0"]["by_position"])
             tqdm.write(f"step {step}, {spent / 60:.1f} min: {show(table)}", file=sys.stderr)
         began = time.perf_counter()
@@ -314,7 +322,7 @@ def train(args, model, pool, held, settings):
             saved_at = spent
     bar.close()
     if rank == 0:
-        table = evaluate(model, Lookahead(**parts), texts)
+        table = evaluate(model, LookaheadPlus(**parts), texts)
         about = {"model": fingerprint(model.config), "settings": settings, "steps": step, "acceptance": table}
         # One entry of metadata, not four: safetensors writes several in random order, and the file would differ from run to run.
         write_tensors({k: v.to(torch.bfloat16) for k, v in parts.items()}, args.out, {"lookahead": json.dumps(about)})
@@ -375,7 +383,7 @@ def main():
     tokenizer = load_tokenizer(args.model, model.config.vocab_size)
     pool, held = read_data(tokenizer, args.data, args.suffix)
     if args.evaluate:
-        lookaheads = {spec: load_lookahead(spec, model, tokenizer, held[:TEXT].tolist()) for spec in args.evaluate}
+        lookaheads = {spec: load_lookahead(spec, model, tokenizer) for spec in args.evaluate}
         texts = held_texts(model, held, args.seed)
         print("| look-ahead | near position | " + " | ".join(f"accepted at t = {t:g} | expected" for t in TEMPERATURES) + " |")
         print("|---|---|" + "---|---|" * len(TEMPERATURES))

@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Cache, Config, InputError, Llama, check_writable, device_named, load_tokenizer, run_script, write_file,
-                   write_tensors)
+from files import (
+    InputError, check_writable, device_named, load_tokenizer, run_script, write_file, write_tensors)
+from model import Cache, Config, Llama
 from train_lookahead import loss_and_gradient, read_checkpoint, windows
 
 # All under BSD, MIT, Apache 2.0 or (matplotlib) PSF-like licences.
@@ -147,7 +148,7 @@ def loss_and_gradients(model, forward, rows, columns=1024):
     """Mean cross-entropy (nats) of rows (B,T+1), each token from those before it; adds its gradients to the model's, whose output is
     tied. forward: model.forward, or that compiled.  columns: as in `loss_and_gradient`."""
     x, y = rows[:, :-1], rows[:, 1:].flatten()
-    h = forward(x, torch.arange(x.shape[1], device=x.device).expand(x.shape), Cache(model, *x.shape)).flatten(0, 1)
+    h = forward(x, Cache(model, *x.shape)).flatten(0, 1)
     to_output = torch.zeros(model.output.shape, device=x.device)
     total, to_h = loss_and_gradient(model, h.detach(), None, y, "ce", columns, to_output)
     h.backward(to_h / len(y))
@@ -161,7 +162,7 @@ def held_out(model, tokens, texts=24):
     starts = torch.linspace(0, len(tokens) - CONTEXT - 1, texts).long()
     rows, total = tokens[starts[:, None] + torch.arange(CONTEXT + 1)].to(model.embedding.device), 0.0
     for row in rows.split(4):
-        h = model(row[:, :-1], torch.arange(CONTEXT, device=row.device).expand(len(row), -1), Cache(model, len(row), CONTEXT))
+        h = model(row[:, :-1], Cache(model, len(row), CONTEXT))
         total += F.cross_entropy(model.logits(h).float().flatten(0, 1), row[:, 1:].flatten(), reduction="sum").item()
     return total / rows[:, 1:].numel()
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import InputError, run_script, write_file
+from files import InputError, run_script, write_file
 from train_lookahead import split_files
 
 PROMPTS, CHARACTERS = 20, 280

@@ -1,31 +1,83 @@
-"""What the tests share: tiny models, the exact distribution that a sampler must follow, chi-square, and planted bugs."""
+"""What the tests share: tiny models, statistics, planted bugs, and how to run a script."""
+import contextlib
+import importlib
 import io
 import json
 import sys
 import types
-from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 
-import naive
 import torch
 from safetensors.torch import save_file
 
-import model
-import pass_sampler
-import train_lookahead
-from model import Cache, run_script
+from files import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURE = Path(__file__).parent / "fixture"
-ALPHA = 1e-6  # significance of every statistical test. 35 p-values: a false alarm in one of 25,000 runs with fresh seeds
+ALPHA = 1e-6  # significance of every statistical test: see tests/README.md
 
 
-def tiny(vocab=4, seed=0, dtype=torch.float64, context=64, stop=(), module=model, **changes):
-    """A random LLaMA with grouped heads, small enough to enumerate what it may say. module: model.py, or a copy with a bug."""
-    config = module.Config(**{**dict(vocab_size=vocab, dim=16, ffn_dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6,
-                                     norm_eps=1e-5, rope_theta=100.0, rope={"rope_type": "default"}, context=context, tied=False,
-                                     dtype="float32", stop_tokens=tuple(stop)), **changes})
+# ------------------------- the code, as it is or with a bug
+
+# In the order in which they import one another. A bug is planted into a copy of all of them.
+MODULES = ["model", "pass_sampler", "beyond.lookahead", "beyond.fused", "beyond.tree",
+           "beyond.draft_model", "train_lookahead"]
+
+
+def source(module):
+    return ROOT / (module.replace(".", "/") + ".py")
+
+
+def plant(module, patches):
+    """A copy of a module in sys.modules, in which each patch (old, new) has replaced a piece of the
+    source that must be there exactly once."""
+    text = source(module).read_text()
+    for old, new in patches:
+        if text.count(old) != 1:
+            raise ValueError(f"the planted bug no longer fits {source(module).name}: {old!r} stands there "
+                             f"{text.count(old)} times, and must once: adapt tests/mutants.py")
+        text = text.replace(old, new)
+    copy = types.ModuleType(module)
+    copy.__file__ = str(source(module))
+    sys.modules[module] = copy
+    exec(compile(text, f"{module} with a planted bug", "exec"), copy.__dict__)
+    return copy
+
+
+def bundle(modules):
+    """The modules by their last names, and `tiny` and `random_lookahead` made of them."""
+    code = types.SimpleNamespace(**{name.split(".")[-1]: m for name, m in modules.items()})
+    code.tiny = partial(tiny, module=code.model)
+    code.random_lookahead = partial(random_lookahead, module=code.lookahead)
+    return code
+
+
+@contextlib.contextmanager
+def planted(**patches):
+    """The code with bugs, {module: [(old, new), ..]}, for as long as the context lasts."""
+    real = {name: sys.modules[name] for name in MODULES}
+    copies = {}
+    try:
+        for name in MODULES:
+            copies[name] = plant(name, patches.pop(name.split(".")[-1], ()))
+        assert not patches, f"no such module: {list(patches)}"
+        yield bundle(copies)
+    finally:
+        sys.modules.update(real)
+
+
+# ---------------------------------------------- tiny models
+
+def tiny(vocab=4, seed=0, dtype=torch.float64, context=64, stop=(), module=None, **changes):
+    """A random LLaMA with grouped heads, small enough to enumerate what it may say. module: model.py,
+    or a copy with a bug."""
+    module = module or sys.modules["model"]
+    settings = dict(
+        vocab_size=vocab, dim=16, ffn_dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6,
+        norm_eps=1e-5, rope_theta=100.0, rope={"rope_type": "default"}, context=context, tied=False,
+        dtype="float32", stop_tokens=tuple(stop))
+    config = module.Config(**settings | changes)
     llama = module.Llama(config, torch.float64).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for weight in llama.parameters():
@@ -34,26 +86,34 @@ def tiny(vocab=4, seed=0, dtype=torch.float64, context=64, stop=(), module=model
     return llama.to(dtype)  # drawn in float64: the same weights in every type
 
 
-def whole(model, tokens):
+def whole(llama, tokens):
     """Logits (T,V) of a list of tokens, from one block in a cache of its own."""
-    h = model(torch.tensor([tokens]), torch.arange(len(tokens))[None], Cache(model, 1, len(tokens)))
-    return model.logits(h)[0]
+    cache = sys.modules["model"].Cache(llama, 1, len(tokens))
+    return llama.logits(llama(torch.tensor([tokens]), cache))[0]
 
 
-def exact_texts(model, prompt, params, n):
-    """{text: probability} of all texts of n tokens, or fewer with a stop token at the end, straight from the chain rule."""
-    texts = {(): 1.0}
-    for _ in range(n):
-        longer = {}
-        for text, probability in texts.items():
-            if text and text[-1] in model.config.stop_tokens:
-                longer[text] = probability
-                continue
-            for token, p in enumerate(naive.probs(whole(model, prompt + list(text))[-1].tolist(), *astuple(params))):
-                if p:
-                    longer[text + (token,)] = probability * p
-        texts = longer
-    return texts
+def random_lookahead(llama, L, parts=("memory", "head"), seed=5, module=None, keep=None):
+    """Random embeddings as large as the model's own, so that drafts are far from the target and every
+    branch of the rule is taken; of a memory of 2 slots and a head of rank 8 those that are named.
+    keep: so many of the L embeddings."""
+    module = module or sys.modules["beyond.lookahead"]
+    generator, c = torch.Generator().manual_seed(seed), llama.config
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(llama.embedding)
+
+    embeddings = normal(L, c.dim)[:keep]
+    memory = normal(c.n_layers, 2, 2, c.n_kv_heads, c.head_dim)
+    head_in, head_out = normal(8, 2 * c.dim), normal(c.dim, 8)
+    lookahead = module.LookaheadPlus(embeddings)
+    if "memory" in parts:
+        lookahead.memory = memory
+    if "head" in parts:
+        lookahead.head_in, lookahead.head_out = head_in, head_out
+    return lookahead
+
+
+# ----------------------------------------------- statistics
 
 
 def p_value(texts, exact):
@@ -78,96 +138,59 @@ def p_value(texts, exact):
 
 
 def check_power(exact, n, shift):
-    """n draws from `exact`, {outcome: probability}, find a deviation of total variation `shift` with a power of 99 %, spread over all
-    outcomes, every other one more likely and less, which is the hardest to see. Of 300 such samples at most 3 may pass for
-    `exact` at ALPHA, and of 300 samples from `exact` itself all must."""
+    """n draws from `exact`, {outcome: probability}, find a deviation of total variation `shift` with
+    a power of 99 %, spread over all outcomes, every other one more likely and less, which is the
+    hardest to see. Of 300 such samples at most 3 may pass for `exact` at ALPHA, and of 300 samples
+    from `exact` itself all must."""
     outcomes, weights = list(exact), torch.tensor(list(exact.values()))
     order, generator = weights.argsort(), torch.Generator().manual_seed(0)
     shifted = weights.clone()
     shifted[order[::2]] *= 1 + shift / weights[order[::2]].sum()
     shifted[order[1::2]] *= 1 - shift / weights[order[1::2]].sum()
-    passed = [p_value([outcomes[i] for i in torch.multinomial(w, n, True, generator=generator).tolist()], exact) > ALPHA
-              for w in (shifted, weights) for _ in range(300)]
+    passed = []
+    for w in (shifted, weights):
+        for _ in range(300):
+            sample = torch.multinomial(w, n, True, generator=generator).tolist()
+            passed.append(p_value([outcomes[i] for i in sample], exact) > ALPHA)
     assert sum(passed[:300]) <= 3 and all(passed[300:])
 
 
-def plant(module, *patches):
-    """A copy of a module with a bug: each patch (old, new) replaces a piece of its source that must be there exactly once."""
-    source = Path(module.__file__).read_text()
-    for old, new in patches:
-        if source.count(old) != 1:
-            raise ValueError(f"the planted bug no longer fits the source: {old!r} stands there {source.count(old)} times, and must "
-                             "once: adapt tests/mutants.py")
-        source = source.replace(old, new)
-    mutant = types.ModuleType(module.__name__)
-    mutant.__file__ = module.__file__
-    exec(compile(source, f"{module.__name__} with a planted bug", "exec"), mutant.__dict__)
-    return mutant
-
-
-def planted(**patches):
-    """model.py, pass_sampler.py and train_lookahead.py with bugs, {module: [(old, new), ..]}, each importing the others of its kind;
-    also `tiny` and `random_lookahead` made of them. Without patches: the code as it is."""
-    real = {module.__name__: module for module in (model, pass_sampler, train_lookahead)}
-    code, bugs = types.SimpleNamespace(), bool(patches)
-    try:
-        for name, module in real.items():
-            sys.modules[name] = plant(module, *patches.pop(name, ())) if bugs else module
-            setattr(code, name, sys.modules[name])
-    finally:
-        sys.modules.update(real)
-    assert not patches, f"no such module: {list(patches)}"
-    code.tiny = partial(tiny, module=code.model)
-    code.random_lookahead = partial(random_lookahead, module=code.pass_sampler)
-    return code
-
-
-def random_lookahead(llama, L, parts=("memory", "head"), seed=5, module=pass_sampler):
-    """Random embeddings as large as the model's own, so that drafts are far from the target and every branch of the rule is taken;
-    of a memory of 2 slots and a head of rank 8 those that are named."""
-    g, c = torch.Generator().manual_seed(seed), llama.config
-    normal = lambda *shape: torch.randn(*shape, dtype=llama.embedding.dtype, generator=g)
-    lookahead = module.Lookahead(normal(L, c.dim))
-    if "memory" in parts:
-        lookahead.memory = normal(c.n_layers, 2, 2, c.n_kv_heads, c.head_dim)
-    if "head" in parts:
-        lookahead.head_in, lookahead.head_out = normal(8, 2 * c.dim), normal(c.dim, 8)
-    return lookahead
-
-
-CODE = planted()
-
-
-def ends(n):
-    """Uniforms from each n-th of [0, 1), (n,): a little after the beginnings, and a little before the ends."""
-    return [(torch.arange(n, dtype=torch.float64) + at) / n for at in (1e-9, 1 - 1e-9)]
-
+# ---------------------------------------- files and scripts
 
 def save(model, folder):
     """Write a model as a Hugging Face folder; its rotary scaling must be "default"."""
     c = model.config
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dict(
-        model_type="llama", vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta, max_position_embeddings=c.context, tie_word_embeddings=c.tied, eos_token_id=list(c.stop_tokens))))
-    save_file({name: tensor.contiguous() for name, tensor in model.named_weights().items()}, folder / "model.safetensors")
+    config = dict(
+        model_type="llama", vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim,
+        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, head_dim=c.head_dim,
+        num_key_value_heads=c.n_kv_heads, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
+        max_position_embeddings=c.context, tie_word_embeddings=c.tied,
+        eos_token_id=list(c.stop_tokens))
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {name: tensor.contiguous() for name, tensor in model.named_weights().items()}
+    save_file(weights, folder / "model.safetensors")
 
 
 def sentencepiece(text):
     """The bytes of a tokenizer.model with byte fallback, trained on text."""
     from sentencepiece import SentencePieceTrainer
     proto = io.BytesIO()
-    SentencePieceTrainer.train(sentence_iterator=iter(text.splitlines()), model_writer=proto, model_type="bpe", vocab_size=320,
-                               byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(text.splitlines()), model_writer=proto, model_type="bpe",
+        vocab_size=320, byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
     return proto.getvalue()
 
 
 def run_main(script, capsys, *words):
-    """Run a script's main() in this process with the command line `words`. Returns exit code, stdout, stderr."""
+    """Run a script's main() in this process. Returns exit code, stdout, stderr."""
     sys.argv, code = [script.__file__, *map(str, words)], 0
     try:
         run_script(script.main)
     except SystemExit as end:
         code = end.code
     return code, *capsys.readouterr()
+
+
+# Last: they are imported under the names that `planted` replaces.
+REAL = bundle({name: importlib.import_module(name) for name in MODULES})

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 torch.set_num_threads(1)  # the models here are tiny: a second thread only waits
 
 from common import ROOT, save, sentencepiece, tiny  # noqa: E402
@@ -12,7 +13,8 @@ from common import ROOT, save, sentencepiece, tiny  # noqa: E402
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A tiny random model with a sentencepiece tokenizer (byte fallback), as a Hugging Face folder. Tests only read it."""
+    """A tiny random model with a sentencepiece tokenizer (byte fallback), as a Hugging Face folder.
+    Tests only read it."""
     path = tmp_path_factory.mktemp("models") / "tiny"
     save(tiny(320, dtype=torch.float32, stop=(2,), context=512), path)
     (path / "tokenizer.model").write_bytes(sentencepiece((ROOT / "LICENSE").read_text()))
@@ -25,5 +27,6 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     (folder / "more").mkdir()
     for i in range(12):
-        (folder / ("more" if i % 2 else "") / f"{i}.txt").write_text("".join(f"{j % 7} little lines of {i}\n" for j in range(60)))
+        lines = "".join(f"{j % 7} little lines of {i}\n" for j in range(60))
+        (folder / ("more" if i % 2 else "") / f"{i}.txt").write_text(lines)
     return folder

@@ -1,10 +1,12 @@
-"""The statistical tests again and again, with fresh seeds: their p-values must be uniform, or the tests, or the sampler, are wrong.
+"""The statistical tests again and again, with fresh seeds: their p-values must be uniform, or the
+tests, or the sampler, are wrong.
 
     make soak MINUTES=10        # or: python tests/soak.py 10
 
-A sampler that deviates less than one run can see shows in the end, since its p-values gather near 0: 1,000 of them, about an hour,
-find at 1e-4 a distribution function that lies 0.12 from uniform, with a power of 99 %. Chi-square is approximate where cells are small, so
-such a finding is a reason to look, not a proof.
+A sampler that deviates less than one run can see shows in the end, since its p-values gather near 0:
+1,000 of them, about an hour, find at 1e-4 a distribution function that lies 0.12 from uniform, with a
+power of 99 %. Chi-square is approximate where cells are small, so such a finding is a reason to look,
+not a proof.
 """
 import math
 import random
@@ -12,36 +14,41 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 import torch
 
-import pass_sampler
-from common import random_lookahead
-from pass_sampler import METHODS
-from test_fused import TREES, siblings_p_value
-from test_samplers import SETTINGS, joint_p_values, look_ahead, single_p_value
+from common import REAL
+from pass_sampler import METHODS, Params
+from test_beyond import siblings_p_value
+from test_equivalence import joint_p_values, single_p_value
+
+TREES = ["0 00 000", "0 1", "0 1 2 00 01", "0 1 00 01 10 000 001"]
 
 
 def against_uniform(p):
-    """Kolmogorov-Smirnov: the largest distance between the shares of p-values below a level and the level, and its p-value."""
+    """Kolmogorov-Smirnov: the largest distance of the p-values from uniform, and its p-value."""
     p, n = sorted(p), len(p)
     distance = max(max((i + 1) / n - x, x - i / n) for i, x in enumerate(p))
-    z = distance * (n ** 0.5 + 0.12 + 0.11 / n ** 0.5)
-    return distance, min(1.0, 2 * sum((-1) ** (k - 1) * math.exp(-2 * k * k * z * z) for k in range(1, 101)))
+    z = distance * (n**0.5 + 0.12 + 0.11 / n**0.5)
+    tail = 2 * sum((-1) ** (k - 1) * math.exp(-2 * k * k * z * z) for k in range(1, 101))
+    return distance, min(1.0, tail)
 
 
 def one(seed):
     """The name and the p-values of one test, chosen and seeded by `seed`."""
     chance = random.Random(seed)
-    method, params = chance.choice(list(METHODS)), chance.choice(SETTINGS)
-    parts, make = chance.choice([("embeddings only", look_ahead), ("memory and head", random_lookahead)])
-    kind = chance.choice(["joint"] * 8 + ["single", "siblings"])
-    if kind == "single":
-        return f"single rows, {method}", [single_p_value(pass_sampler, method, seed * 10_000)]
-    if kind == "siblings":
-        return "siblings", [siblings_p_value(pass_sampler, seed)]
-    more = dict(tree=chance.choice(TREES)) if method == "fused" else {}
-    return f"{method}, {params}, {parts}, {more}", joint_p_values(pass_sampler, method, params, make, seed * 10_000, **more)
+    method = chance.choice(list(METHODS))
+    params = chance.choice([Params(1), Params(0.7, 3, 0.8)])
+    parts = chance.choice([(), ("memory", "head")])
+    test = chance.choice(["joint"] * 8 + ["single", "siblings"])
+    if test == "single":
+        return f"single rows, {method}", [single_p_value(method, seed * 10_000)]
+    if test == "siblings":
+        return "siblings", [siblings_p_value(REAL, seed)]
+    more = {"tree": chance.choice(TREES)} if method == "tree" else {}
+    name = f"{method}, {params}, {parts}, {more}"
+    return name, joint_p_values(REAL, method, params, parts, seed * 10_000, **more)
 
 
 def main():
@@ -52,11 +59,12 @@ def main():
         name, found = one(seed)
         values += found
         distance, p = against_uniform(values)
-        print(f"seed {seed}: {name}: {' '.join(f'{v:.3f}' for v in found)}; {len(values)} so far, least {min(values):.1e}, "
-              f"distance from uniform {distance:.3f} (p-value {p:.3f})", flush=True)
+        print(f"seed {seed}: {name}: {' '.join(f'{v:.3f}' for v in found)}; {len(values)} so far, "
+              f"least {min(values):.1e}, distance from uniform {distance:.3f} (p-value {p:.3f})",
+              flush=True)
         seed += 1
     if p < 1e-4 or min(values) < 1e-4 / len(values):
-        sys.exit("the p-values are not uniform: the sampler does not follow the model, or a test is wrong")
+        sys.exit("the p-values are not uniform: the sampler, or a test, is wrong")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What README.md says of the code is there."""
+"""What the pages say of the code is there."""
 import ast
 import re
 
@@ -7,18 +7,20 @@ import pytest
 from common import ROOT
 
 README = (ROOT / "README.md").read_text()
+PAGES = README + (ROOT / "beyond" / "README.md").read_text()
 WALK = re.findall(r"^\|[^|]*\|[^|]*\| `([\w.]+)` \| `(.+)` \|$", README, re.M)  # function, line
 
 
 def functions():
-    """{name: source} of the functions and methods of the three files, a method by Class.name."""
+    """{name: source} of the functions and methods, a method by Class.name."""
     found = {}
-    for file in ("model.py", "pass_sampler.py", "train_lookahead.py"):
+    for file in ("model.py", "pass_sampler.py", "train_lookahead.py", "beyond/tree.py"):
         source = (ROOT / file).read_text()
         for node in ast.parse(source).body:
             for inner in [node] + (node.body if isinstance(node, ast.ClassDef) else []):
                 if isinstance(inner, ast.FunctionDef):
-                    found[inner.name if inner is node else f"{node.name}.{inner.name}"] = ast.get_source_segment(source, inner)
+                    name = inner.name if inner is node else f"{node.name}.{inner.name}"
+                    found[name] = ast.get_source_segment(source, inner)
     return found
 
 
@@ -28,14 +30,18 @@ def test_walk_through_the_code(function, line):
 
 
 def test_the_walk_is_whole():
-    assert len(WALK) >= 12 and {"parallel", "verify", "residual", "loss_and_gradient"} <= {function for function, _ in WALK}
+    names = {function for function, _ in WALK}
+    assert len(WALK) >= 12 and {"parallel", "verify", "residual", "loss_and_gradient"} <= names
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:demo|tests)/[\w./-]+|\w+\.py)`", README))))
+PATHS = sorted(set(re.findall(r"`((?:demo|tests|beyond)/[\w./-]+|\w+\.py)`", PAGES)))
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_files_exist(path):
-    assert (ROOT / path).exists() or (ROOT / "tests" / path).exists()
+    assert any((ROOT / folder / path).exists() for folder in ("", "tests", "beyond"))
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"^    make (\w+)", README, re.M))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"^    make (\w[\w-]*)", PAGES, re.M))))
 def test_targets_exist(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,9 +22,10 @@ from safetensors.torch import load_file
 
 import pass_sampler
 import train_lookahead
-from common import CODE, ROOT, random_lookahead, run_main, tiny
-from model import Cache, Llama, attention, load_tokenizer
-from pass_sampler import Lookahead, Params
+from common import REAL, ROOT, random_lookahead, run_main, tiny
+from files import InputError, load_tokenizer
+from model import Cache, Llama, attention
+from pass_sampler import Lookahead
 
 
 def check_gradients(code, objectives=("ce", "kl", "tv")):
@@ -45,53 +45,64 @@ def check_gradients(code, objectives=("ce", "kl", "tv")):
 
 @pytest.mark.parametrize("objective", ["ce", "kl", "tv"])
 def test_gradient_is_that_of_the_objective(objective):
-    check_gradients(CODE, [objective])
+    check_gradients(REAL, [objective])
 
 
 def check_columns(code):
-    """A group trained after n tokens of a text gives the q that the sampler drafts from after those n tokens."""
-    train_module, sampler_module = code.train_lookahead, code.pass_sampler
-    model, g = tiny(30), torch.Generator().manual_seed(0)
-    lookahead = random_lookahead(model, 3).fit(model)
+    """A group trained after n tokens of a text gives the q that the sampler drafts from after those n
+    tokens, and the p that judges them."""
+    train_module, g = code.train_lookahead, torch.Generator().manual_seed(0)
+    model = code.tiny(30)
+    raw = code.random_lookahead(model, 3)
+    lookahead = raw.ready(model)
     text, places = torch.randint(30, (2, 12), generator=g), torch.tensor([[1, 4, 8], [3, 4, 2]])
     offset = torch.tensor([0, 0])
-    trained = replace(lookahead, embeddings=lookahead.embeddings.clone().requires_grad_())  # so that gradients flow, as in training
-    h, target, tokens = train_module.states(model, trained, text, places, offset, *train_module.prefix(model, text, offset, 9))
-    h = h.detach()
-    q, p = model.logits(h).softmax(-1).view(2, 3, 3, 30), model.logits(target).softmax(-1).view(2, 3, 3, 30)
+    trained = copy.copy(raw)  # gradients flow, as in training
+    trained.embeddings = raw.embeddings.clone().requires_grad_()
+    read = train_module.prefix(model, text, offset, 9)
+    h, target, tokens = train_module.states(model, trained, text, places, offset, *read)
+    q = model.logits(h.detach()).softmax(-1).view(2, 3, 3, 30)
+    p = model.logits(target).softmax(-1).view(2, 3, 3, 30)
     for row, group in [(b, m) for b in range(2) for m in range(3)]:
         n = int(places[row, group])
-        given = text[row, n:n + 3]  # the tokens after the place: the model's own next token, then the first two drafts
-        state = sampler_module.Run(model, [text[row, :n].tolist()], Params(1), lookahead, 5, 0, None)
-        first = sampler_module.prefill(state, 3)
-        state.cache.length -= 1  # once more as every later step does it: the last token with its look-ahead
-        for states in (first, state.forward(text[row:row + 1, n - 1:n], 3)):
+        given = text[row, n:n + 3]  # after the place: the model's own next token, then two drafts
+        s = code.pass_sampler.Sampler(
+            model, "pass", code.pass_sampler.Params(1), 1, 40, lookahead=raw)
+        with torch.inference_mode():
+            s.prefill([text[row, :n].tolist()])
+            states = lookahead.forward(model, s.x, s.caches[0][1])[:, 1:]
             drawn = iter(given[1:].tolist() + [0])
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sampler_module, "draw", lambda q, u: torch.tensor([next(drawn)]))
-                drafted = sampler_module.draft(state, states[:, 1:], model.logits(states[:, 1:]), given[:1])[1]
-            torch.testing.assert_close(drafted[0], q[row, group], msg="the sampler drafts from other distributions than were trained")
-        whole = model(text[row:row + 1], torch.arange(12)[None], pass_sampler.Cache(model, 1, 12))
-        torch.testing.assert_close(model.logits(whole)[0, n:n + 3].softmax(-1), p[row, group], msg="the target is not the model's")
-        assert tokens.view(2, 3, 3)[row, group].tolist() == text[row, n + 1:n + 4].tolist()
+                patch.setattr(code.lookahead, "draw", lambda q, u: torch.tensor([[next(drawn)]]))
+                drafted = lookahead.draft(
+                    model, s.params, states, model.logits(states), given[:1][None], torch.rand(1, 3))[1]
+        torch.testing.assert_close(
+            drafted[0], q[row, group], msg="the sampler drafts from other q than were trained")
+        whole = model(text[row:row + 1], code.model.Cache(model, 1, 12))
+        expected = model.logits(whole)[0, n:n + 3].softmax(-1)
+        torch.testing.assert_close(expected, p[row, group], msg="the target is not the model's")
+        assert tokens.view(2, 3, 3)[row, group].tolist() == text[row, n + 1:n + 4].tolist(), (
+            "LA_j is trained for another token than x_{n+1+j}")
 
 
 def test_trained_columns_are_the_columns_of_the_sampler():
-    check_columns(CODE)
+    check_columns(REAL)
 
 
 def test_attention_for_training_is_the_attention_of_sampling():
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, generator=g) for n in (4, 6, 6))
-    for mask in (None, torch.randn(2, 1, 4, 6, dtype=torch.float64, generator=g)):
-        torch.testing.assert_close(attention(q.clone().requires_grad_(), k, v, mask), attention(q, k, v, mask))
+    for mask in torch.randn(2, 2, 1, 4, 6, dtype=torch.float64, generator=g):
+        with_gradient = attention(q.clone().requires_grad_(), k, v, mask)
+        torch.testing.assert_close(with_gradient, attention(q, k, v, mask))
 
 
 def test_positions_may_be_shifted_together():
     """Rotary attention is relative: without memory a common offset changes nothing; the memory is not rotated, so it does."""
     model, g = tiny(30), torch.Generator().manual_seed(0)
     text, places = torch.randint(30, (1, 12), generator=g), torch.tensor([[2, 7]])
-    for lookahead, same in ((Lookahead(random_lookahead(model, 2).embeddings), True), (random_lookahead(model, 2), False)):
+    for lookahead, same in ((Lookahead(random_lookahead(model, 2).embeddings), True),
+                            (random_lookahead(model, 2), False)):
         a, b = (train_lookahead.states(model, lookahead, text, places, offset, *train_lookahead.prefix(model, text, offset, 4))[0]
                 for offset in (torch.tensor([0]), torch.tensor([40])))
         assert torch.allclose(a, b, atol=1e-4) == same
@@ -150,9 +161,9 @@ def test_trains_the_lookahead_and_nothing_else(folder, data, tmp_path, capsys, m
 KILL = """
 import os, signal, sys
 import train_lookahead as t
-from model import run_script
-import model
-t.CHECKPOINT_SECONDS, t.STEPS, save, calls = 0, 2, model.save_file, []
+from files import run_script
+import files
+t.CHECKPOINT_SECONDS, t.STEPS, save, calls = 0, 2, files.save_file, []
 def dies_in_the_middle_of_a_write(tensors, path, metadata):
     save(tensors, path, metadata)
     calls.append(path)
@@ -160,7 +171,7 @@ def dies_in_the_middle_of_a_write(tensors, path, metadata):
         with open(path, "r+b") as file:
             file.truncate(os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
-model.save_file = dies_in_the_middle_of_a_write
+files.save_file = dies_in_the_middle_of_a_write
 run_script(t.main)
 """
 
@@ -212,7 +223,7 @@ def test_trains_on_texts_that_the_model_writes(folder, data, tmp_path, capsys, m
     assert train(capsys, *arguments(folder, data, tmp_path / "out", "--from-model", 0, 1, "--texts", 6))[0] == 0
     (model, pool), = written
     assert pool.shape == (6, train_lookahead.TEXT) and model.config.stop_tokens == (2,)
-    h = model(pool[:, :-1], torch.arange(train_lookahead.TEXT - 1).expand(6, -1), Cache(model, 6, train_lookahead.TEXT))
+    h = model(pool[:, :-1], Cache(model, 6, train_lookahead.TEXT))
     best = (model.logits(h).argmax(-1) == pool[:, 1:])[:, 47:].float().mean(1)
     assert (best[:3] > 0.95).all() and (best[3:] < 0.95).all()
 
@@ -232,7 +243,7 @@ def test_two_processes_end_where_one_does(folder, data, tmp_path, capsys):
     (["--length", "0"], "must be 1 to 64"), (["--steps", "0"], "must be positive"), (["--data", "nowhere"], "nowhere does not exist"),
     (["--memory", "9999"], "--memory 0 to"), (["--batch", "0"], "--batch at least 1"), (["--minutes", "nan"], "must be positive"),
     (["--suffix", ".rs"], "0 files"), (["--out", "/nowhere/file"], "its folder must exist"), (["--evaluate", "nowhere"], "or --evaluate"),
-    (["--from-model", "0.6", "-1"], "temperature must be"), (["--from-model", "0", "1", "--texts", "1"], "at least one a temperature"),
+    (["--from-model", "0.6", "-1"], "temperature and top-k must be"), (["--from-model", "0", "1", "--texts", "1"], "at least one a temperature"),
 ])
 def test_bad_input(change, says, folder, data, tmp_path, capsys):
     code, out, err = train(capsys, *arguments(folder, data, tmp_path / "out"), *change)
@@ -241,5 +252,6 @@ def test_bad_input(change, says, folder, data, tmp_path, capsys):
 
 def test_lookahead_of_another_model_is_refused(folder, data, tmp_path, capsys):
     train(capsys, *arguments(folder, data, tmp_path / "a.safetensors", "--steps", 1))
-    with pytest.raises(pass_sampler.InputError, match="another model"):
-        pass_sampler.load_lookahead(tmp_path / "a.safetensors", tiny(321, dtype=torch.float32), load_tokenizer(folder, 320), [1])
+    other, tokenizer = tiny(321, dtype=torch.float32), load_tokenizer(folder, 320)
+    with pytest.raises(InputError, match="another model"):
+        pass_sampler.load_lookahead(tmp_path / "a.safetensors", other, tokenizer)

@@ -1,0 +1,378 @@
+"""What the scripts read and write: prompts, JSON, safetensors, tokenizers; and how they fail.
+
+A reader of the method can skip this file. Bad input raises InputError, whose text is one line that
+names the cause and the remedy. Output is written whole or not at all.
+"""
+import codecs
+import hashlib
+import json
+import math
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+# --------------------------------------------------- errors
+
+
+class InputError(ValueError):
+    """Bad input. `run_script` shows its text, which is one line, and exits with code 2."""
+
+
+def run_script(main):
+    """Run a script's main(): bad input is one line on stderr and exit code 2, Ctrl-C 130."""
+    try:
+        main()
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:  # of stdout: a full disk, or `| head -1`, where nobody reads on
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # or Python complains once more as it ends
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+
+def device_named(name):
+    """torch.device for --device."""
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):
+        raise InputError(f"device {name!r} cannot be used here; --device cpu always can") from None
+
+
+# ----------------------------------------- reading, writing
+
+def read_json(path):
+    """The content of a JSON file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def open_tensors(path):
+    """An open safetensors file."""
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder, and should be a safetensors file")
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def weight_files(folder):
+    """The safetensors files of a model folder."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return [folder / "model.safetensors"]
+    raw = read_json(index)
+    named = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise InputError(f"{index} has no weight_map of tensors to files")
+    return [folder / name for name in sorted(set(named.values()))]
+
+
+def check_writable(path):
+    """Raise InputError now where a file could not be written later, when the work is done."""
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise InputError(f"cannot write {path}: its folder must exist and be writable, and it must "
+                         f"not be a folder itself")
+
+
+def write_file(path, save):
+    """save(path), by way of a temporary name: whenever we are killed, the file is whole or old."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save(temporary)
+        temporary.chmod(mode)  # safetensors' own files are for their owner only
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error}") from None
+
+
+def write_tensors(tensors, path, metadata=None):
+    """Save {name: tensor} as safetensors, through `write_file`."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    write_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+# -------------------------- options, prompts, text, figures
+
+def read_prompt(args):
+    """The text to continue: standard input, --prompt-file or --prompt."""
+    try:
+        if args.stdin:
+            text = sys.stdin.buffer.read().decode()
+        elif args.prompt_file:
+            text = args.prompt_file.read_bytes().decode()
+        else:
+            text = args.prompt
+        text.encode()  # a command line that is not UTF-8 fails here
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"cannot read the prompt: {error}") from None
+    if not text:
+        raise InputError("the prompt is empty; give --prompt TEXT, --prompt-file FILE, or - for "
+                         "standard input")
+    return text
+
+
+def check_options(method, options, known):
+    """Raise InputError for options that the method does not have or misses. known: its own, as
+    {name: inspect.Parameter}."""
+    for name in options:
+        if name not in known:
+            raise InputError(f"{name} has no effect on method {method}, which has: "
+                             f"{', '.join(known) or 'no options'}")
+    for name, option in known.items():
+        if option.default is option.empty and options.get(name) is None:
+            raise InputError(f"method {method} needs a {name}")
+
+
+def check_prompts(prompts, max_new_tokens, config, rows=math.inf, slots=math.inf):
+    """Raise InputError for what cannot be continued. rows, slots: of a Sampler."""
+    slots = min(slots, config.context)
+    if not prompts or max_new_tokens < 1:
+        raise InputError("at least one prompt and one new token are needed")
+    if len(prompts) > rows:
+        raise InputError(f"{len(prompts)} prompts for a Sampler of {rows} rows")
+    for prompt in prompts:
+        if not isinstance(prompt, list):
+            raise InputError("prompts must be a list of lists of token ids")
+        if not prompt:
+            raise InputError("the prompt is empty; give at least one token")
+        if len(prompt) >= slots:
+            raise InputError(f"the prompt has {len(prompt)} tokens and a text at most {slots}: "
+                             f"shorten the prompt")
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise InputError(f"the prompt has tokens from {min(prompt)} to {max(prompt)}, the "
+                             f"model 0 to {config.vocab_size - 1}: is it the model's tokenizer?")
+
+
+def printer(tokenizer):
+    """An on_token function: writes row 0 as it is made, on a terminal accepted drafts in green."""
+    to_text = tokenizer.stream()
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    def on_token(row, token, from_draft):
+        text = to_text(token) if row == 0 else ""
+        if text:
+            text = f"\033[32m{text}\033[0m" if colour and from_draft else text
+            print(text, end="", flush=True)
+
+    return on_token
+
+
+def report(result, tokenizer, as_json):
+    """Print what `printer` has not: the texts of the other rows, and figures; or all as JSON."""
+    texts = [tokenizer.decode(row) for row in result["tokens"]]
+    if as_json:
+        print(json.dumps(result | {"text": texts}))
+        return
+    for i, text in enumerate(texts[1:], 1):
+        print(f"\n--- sample {i}\n{text}", end="")
+    print()
+    print(summary(result), file=sys.stderr)
+
+
+def summary(result):
+    """A line of figures."""
+    tokens = sum(map(len, result["tokens"]))
+    shares = " ".join(f"{share:.2f}" for share in result["accepted_by_position"])
+    return (f"{result['method']}: {tokens} tokens, {result['passes']} passes, "
+            f"{result['tokens_per_pass']:.2f} tokens per pass, "
+            f"{'accepted by position ' + shares + ', ' if shares else ''}{result['seconds']:.2f} s "
+            f"({result['prefill_seconds']:.2f} s of it prefill), "
+            f"{tokens / result['seconds']:.1f} tokens/s")
+
+
+# ------------------------------------------------ tokenizer
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    encode(text) gives ids, with the beginning-of-text token where the model uses one. pieces[id] is
+    a token's bytes: none for control tokens, one of a character's for byte fallback. unk is the
+    unknown token's id, or None.
+    """
+
+    def __init__(self, encode, pieces, unk):
+        self.encode = encode
+        self.pieces = pieces
+        self.unk = unk
+
+    def stream(self):
+        """A function from the next token id to the text that became whole with it.
+
+        Bytes are put together, not texts: a character of several tokens appears with its last one.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda token: decoder.decode(self.pieces[token] if token < len(self.pieces) else b"")
+
+    def decode(self, tokens):
+        """The text that `stream` gives for all of `tokens`."""
+        return "".join(map(self.stream(), tokens))
+
+
+def load_tokenizer(folder, vocab_size):
+    """folder/tokenizer.model, or folder/tokenizer.json through the optional package `tokenizers`.
+
+    Raises InputError where it is missing, damaged, or larger than the model's vocabulary.
+    """
+    folder = Path(folder)
+    config = folder / "tokenizer_config.json"
+    config = read_json(config) if config.exists() else {}
+    if (folder / "tokenizer.model").exists():
+        tokenizer = from_sentencepiece(folder / "tokenizer.model", config)
+    elif (folder / "tokenizer.json").exists():
+        tokenizer = from_tokenizers(folder / "tokenizer.json", config)
+    else:
+        raise InputError(f"{folder} has neither tokenizer.model nor tokenizer.json")
+    if len(tokenizer.pieces) > vocab_size:
+        raise InputError(f"the tokenizer of {folder} has {len(tokenizer.pieces)} pieces and the "
+                         f"model a vocabulary of {vocab_size}: they do not belong together")
+    return tokenizer
+
+
+def sentencepiece_bytes(piece):
+    """The bytes of a sentencepiece: "<0x41>" is a byte, and a space is written as U+2581."""
+    if len(piece) == 6 and piece.startswith("<0x"):
+        return bytes.fromhex(piece[3:5])
+    return piece.replace("\u2581", " ").encode()
+
+
+def from_sentencepiece(path, config):
+    from sentencepiece import SentencePieceProcessor
+    try:
+        sp = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    bos = []
+    if config.get("add_bos_token", True) and sp.bos_id() >= 0:
+        bos = [sp.bos_id()]
+    pieces = []
+    for i in range(sp.vocab_size()):
+        silent = sp.is_control(i) or sp.is_unused(i)
+        pieces.append(b"" if silent else sentencepiece_bytes(sp.id_to_piece(i)))
+    unk = sp.unk_id() if sp.unk_id() >= 0 else None
+    return Tokenizer(lambda text: bos + sp.encode(text), pieces, unk)
+
+
+def byte_alphabet():
+    """{character: byte} of GPT-2: printable bytes as they are, the others from character 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    alphabet = {chr(b): b for b in printable}
+    alphabet |= {chr(256 + i): b for i, b in enumerate(others)}
+    return alphabet
+
+
+def from_tokenizers(path, config):
+    try:
+        import tokenizers
+    except ImportError:
+        raise InputError(f"{path} needs the optional package tokenizers: pip install "
+                         f"tokenizers") from None
+    try:
+        hf = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises bare Exception
+        raise InputError(f"cannot read {path}: {error}") from None
+    raw = json.loads(hf.to_str())
+    byte_level = "ByteLevel" in json.dumps(raw["decoder"])
+    alphabet = byte_alphabet()
+    added = hf.get_added_tokens_decoder()
+
+    def to_bytes(i):
+        piece = hf.id_to_token(i) or ""
+        if i in added:
+            return b"" if added[i].special else added[i].content.encode()
+        if byte_level:
+            return bytes(alphabet[char] for char in piece)
+        return sentencepiece_bytes(piece)
+
+    unk = config.get("unk_token") or raw["model"].get("unk_token")
+    if isinstance(unk, dict):
+        unk = unk["content"]
+    unk = hf.token_to_id(unk) if unk else None
+    pieces = [to_bytes(i) for i in range(hf.get_vocab_size())]
+    return Tokenizer(lambda text: hf.encode(text).ids, pieces, unk)
+
+
+# ----------------------------------------- look-ahead files
+
+def fingerprint(config):
+    """Names the model that a look-ahead was trained for: a hash of what shapes it."""
+    shape = repr(replace(config, dtype="", stop_tokens=()))
+    return hashlib.sha256(shape.encode()).hexdigest()[:16]
+
+
+def read_lookahead(path, model, tokenizer, length=None):
+    """{name: tensor} and the measured acceptance of a file that train_lookahead.py wrote, with the
+    first `length` of its L embeddings. Or what path names is no file: see `load_lookahead`.
+
+    Tensors: embeddings (L,D), and of beyond/lookahead.py optionally memory (layers,2,R,K,E), and
+    head_in (r,2D) with head_out (D,r). Acceptance: {temperature: table of `evaluate`}.
+    Raises InputError where they do not fit the model.
+    """
+    config = model.config
+    if length is not None and length < 1:
+        raise InputError(f"length must be at least 1, not {length}; or use --method autoregressive")
+    if path == "mean":
+        return {"embeddings": model.embedding.mean(0).repeat(length or 4, 1)}, {}
+    if path == "unk":
+        if tokenizer.unk is None:
+            raise InputError("this tokenizer has no unknown token; use mean, or a trained file")
+        return {"embeddings": model.embedding[tokenizer.unk].repeat(length or 4, 1)}, {}
+    with open_tensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        about = (file.metadata() or {}).get("lookahead", "{}")
+    try:
+        about = json.loads(about)
+        acceptance = about.get("acceptance", {})
+        for temperature, row in acceptance.items():
+            shares = [float(temperature), row["expected"], *row["by_position"]]
+            for ranks in row["by_rank"]:
+                shares += ranks
+            if not all(row["by_rank"]) or not all(0 <= share < math.inf for share in shares):
+                raise ValueError("acceptance must be numbers")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: its metadata is damaged: {error!r}") from None
+    if about.get("model", fingerprint(config)) != fingerprint(config):
+        raise InputError(f"{path} was trained for another model; train one for this model with "
+                         f"train_lookahead.py")
+
+    c = config
+    sizes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    L = sizes.get("embeddings", [])[:1]
+    rank = sizes.get("head_in", [])[:1]
+    R = sizes.get("memory", [])[2:3]
+    shapes = {
+        "embeddings": [*L, c.dim],
+        "memory": [c.n_layers, 2, *R, c.n_kv_heads, c.head_dim],
+        "head_in": [*rank, 2 * c.dim],
+        "head_out": [c.dim, *rank],
+    }
+    one_head = ("head_in" in tensors) != ("head_out" in tensors)
+    if "embeddings" not in tensors or one_head or not set(tensors) <= set(shapes):
+        raise InputError(f"{path} is no look-ahead file: its tensors, such as "
+                         f"{', '.join([*tensors][:4])}, are not {', '.join(shapes)}")
+    for name, tensor in tensors.items():
+        fits = sizes[name] == shapes[name] and tensor.is_floating_point()
+        if not fits or not tensor.isfinite().all():
+            raise InputError(f"{path}: {name} must be finite floats of shape {shapes[name]}, not "
+                             f"{tensor.dtype} {sizes[name]}: damaged, or for another model?")
+    if length is not None and length > L[0]:
+        raise InputError(f"{path} has {L[0]} look-ahead tokens, fewer than --length {length}")
+    tensors["embeddings"] = tensors["embeddings"][:length]
+    return tensors, acceptance

@@ -1,0 +1,264 @@
+"""What the paper does not have is held to the paper's claim: steps by enumeration against
+tests/naive.py, rules by enumeration, whole texts by chi-square and greedy equality."""
+import itertools
+
+import pytest
+import torch
+
+import naive
+from beyond.tree import Shape, best_tree, choose
+from common import ALPHA, REAL, check_power, p_value, random_lookahead, tiny
+from exact import check_exact
+from files import InputError
+from pass_sampler import Params, Sampler, generate, probs, verify
+from test_equivalence import SETTINGS, check_joint, ends, options
+
+BOTH = ("memory", "head")
+BEYOND = ["fused", "tree", "draft-model"]
+SOME = [(0.0,), (1.0,), (1.0, 2), (0.7, 2, 0.8)]
+
+
+# ------------------------------------ steps, by enumeration
+
+@pytest.mark.parametrize("settings", SOME, ids=str)
+@pytest.mark.parametrize("parts", [("memory",), ("head",), BOTH], ids=str)
+def test_pass_with_memory_and_head(settings, parts):
+    check_exact(REAL, "pass", settings, parts)
+
+
+@pytest.mark.parametrize("settings", SOME, ids=str)
+def test_fused_step(settings):
+    check_exact(REAL, "fused", settings, BOTH)
+
+
+@pytest.mark.parametrize("parts, settings, L, steps", [
+    ((), (1.0,), 1, 2), (BOTH, (1.0,), 1, 2), (BOTH, (1.0, 2), 2, 2), (BOTH, (2.0, 2), 1, 3)], ids=str)
+def test_steps_of_fused(parts, settings, L, steps):
+    """From the second step on the drafts come from the group of the last accepted draft."""
+    check_exact(REAL, "fused", settings, parts, L, steps)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("tree", ["0 00", "0 1", "0 1 00"])
+def test_tree_step(settings, tree):
+    check_exact(REAL, "tree", settings, BOTH, tree)
+
+
+@pytest.mark.parametrize("tree, settings", [("0 1", (1.0, 2)), ("0 1 00 10", (2.0, 2))], ids=str)
+def test_two_steps_of_a_tree(tree, settings):
+    check_exact(REAL, "tree", settings, BOTH, tree, steps=2 if tree == "0 1" else 1)
+    check_exact(REAL, "tree", (0.0,), BOTH, tree, steps=3)
+
+
+@pytest.mark.parametrize("settings, L, steps", [((1.0,), 2, 1), ((1.0, 2), 2, 2), ((1.5,), 1, 2)], ids=str)
+def test_steps_with_a_draft_model(settings, L, steps):
+    check_exact(REAL, "draft-model", settings, (), L, steps)
+
+
+# --------------------------------------- the rule for trees
+
+THIRDS = [torch.tensor(c, dtype=torch.float64) / 3
+          for c in itertools.product(range(4), repeat=3) if sum(c) == 3]
+
+
+def first_token(code, p, q, candidates, twelfths, sixtieths):
+    """Exact distribution (V,) of the first token, where `candidates` siblings were drawn from q
+    without replacement. p, q (V,) in thirds: all that decides is at a multiple of 1/12 (to accept) or
+    1/60 (the last draw). An order that runs out of tokens with q > 0 goes on with others, at q = 0."""
+    V, total = len(p), 0
+    shape = code.tree.Shape(" ".join(str(k) for k in range(candidates)), "cpu")
+    u = torch.cartesian_prod(sixtieths, *[twelfths] * candidates).view(-1, 1 + candidates)
+    for order in itertools.permutations(range(V), candidates):
+        weight, left, qs = 1.0, q.clone(), [torch.zeros(V, dtype=q.dtype)]
+        for k, token in enumerate(order):
+            if left.sum() > 0:
+                left = left / left.sum()
+            weight *= left[token].item() if left.sum() > 0 else 1 / (V - k)
+            qs.append(left.clone())
+            left[token] = 0
+        if weight:
+            n = len(u)
+            tokens = torch.tensor([[0, *order]]).expand(n, -1)
+            ps = torch.stack([p] + [torch.full_like(p, 1 / V)] * candidates).expand(n, -1, -1)
+            q_all = torch.stack(qs).expand(n, -1, -1)
+            node, last = code.tree.verify_tree(shape, ps, q_all, tokens, u)
+            first = torch.where(node > 0, tokens.gather(1, node[:, None])[:, 0], last)
+            total += weight * first.bincount(minlength=V).double() / n
+    return total
+
+
+def check_rule_for_trees(code):
+    for candidates, step in ((1, 1), (2, 1), (3, 3)):
+        for p, q, grids in itertools.product(THIRDS[::step], THIRDS[::step], zip(ends(12), ends(60))):
+            got = first_token(code, p, q, candidates, *grids)
+            assert torch.allclose(got, p, atol=1e-12), (
+                f"{candidates} candidates from q = {q.tolist()}: the output is distributed as "
+                f"{got.tolist()}, but p = {p.tolist()}: the rule for trees is broken")
+
+
+def test_rule_for_trees_is_exact():
+    """All p and q in thirds over three tokens: ties, zeros, supports that do not overlap."""
+    check_rule_for_trees(REAL)
+
+
+def test_a_chain_is_judged_as_in_the_paper():
+    """On a chain verify_tree returns just what verify returns."""
+    g = torch.Generator().manual_seed(0)
+    p, q = (torch.rand(2000, n, 5, dtype=torch.float64, generator=g).softmax(-1) for n in (4, 3))
+    drafts, u = torch.randint(5, (2000, 3), generator=g), torch.rand(2000, 4, generator=g).double()
+    accepted, last = verify(p, q, drafts, u)
+    shift = lambda x: torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (1, 0))
+    shape = Shape("0 00 000", "cpu")
+    node, token = REAL.tree.verify_tree(shape, p, shift(q), shift(drafts), u.roll(1, 1))
+    assert (node == accepted).all() and (token == last).all() and len(set(node.tolist())) == 4
+
+
+# ----------------------------------------------- candidates
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0], dtype=torch.float64)
+
+
+def siblings(code, width, params, rows, seed=0):
+    """Candidates of one node from LOGITS, (rows,width), and their q."""
+    llama = code.tiny(5, seed=1)
+    shape = code.tree.Shape(" ".join(str(k) for k in range(width)), "cpu")
+    lookahead = code.random_lookahead(llama, 1, ()).ready(llama)
+    s = code.pass_sampler.Sampler(llama, "autoregressive", params, rows, 20)
+    group = code.fused.Group(s, 1)
+    group.logits.copy_(LOGITS)
+    u = torch.rand(rows, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    tokens, q = code.tree.grow(shape, s, lookahead, group, u)
+    return tokens[:, 1:], q[:, 1:]
+
+
+def exact_siblings():
+    """{ordered triple: probability} of three draws without replacement."""
+    q, exact = probs(LOGITS, Params(0.7)), {}
+    for order in itertools.permutations(range(5), 3):
+        a, b, c = q[list(order)].tolist()
+        exact[order] = a * b / (1 - a) * c / (1 - a - b)
+    return exact
+
+
+def siblings_p_value(code, seed=0):
+    """Null hypothesis: 20,000 triples of siblings are draws without replacement from q. Their q is
+    as stated. test_siblings has the power."""
+    drawn, q = siblings(code, 3, code.pass_sampler.Params(0.7), 20_000, seed)
+    expected = probs(LOGITS, Params(0.7)).expand(20_000, 5)
+    for k in range(3):
+        torch.testing.assert_close(q[:, k], expected, msg="q is not what is left for this sibling")
+        expected = expected.scatter(1, drawn[:, k:k + 1], 0)
+        expected = expected / expected.sum(1, keepdim=True)
+    return p_value(drawn.tolist(), exact_siblings())
+
+
+def check_siblings(code):
+    assert siblings_p_value(code) > ALPHA, "siblings are not drawn from q without replacement"
+
+
+def test_siblings_are_drawn_from_the_q_that_they_come_with():
+    check_siblings(REAL)
+    check_power(exact_siblings(), 20_000, 0.04)
+
+
+def test_greedy_siblings_are_the_best_in_order():
+    drawn, q = siblings(REAL, 2, Params(0), 1)
+    assert drawn.tolist() == [[0, 1]]
+    torch.testing.assert_close(q[0], torch.eye(5, dtype=torch.float64)[:2])
+
+
+# ---------------------------------------------- whole texts
+
+@pytest.mark.parametrize("method", BEYOND)
+def test_ragged_batches_follow_the_model(method):
+    check_joint(REAL, method, Params(1), **({} if method == "draft-model" else {"parts": BOTH}))
+
+
+def test_a_shortlist_that_cuts_follows_the_model(monkeypatch):
+    monkeypatch.setattr(REAL.lookahead, "SHORTLIST", 3)  # of 4 tokens
+    check_joint(REAL, "pass", Params(1), parts=BOTH)
+    check_joint(REAL, "tree", Params(1), parts=BOTH, tree="0 1 00 01 10 000 001")
+
+
+@pytest.mark.parametrize("method", BEYOND)
+def test_greedy_texts_are_those_of_plain_decoding(method):
+    llama, generator = tiny(30, dtype=torch.float32, context=256, stop=(7,)), torch.Generator()
+    generator.manual_seed(0)
+    prompts = [torch.randint(30, (1 + i,), generator=generator).tolist() for i in range(12)]
+    expected = generate(llama, prompts, "autoregressive", max_new_tokens=40)["tokens"]
+    for parts in ((), BOTH):
+        words = options(method, llama, 3, parts)
+        assert generate(llama, prompts, method, max_new_tokens=40, **words)["tokens"] == expected
+        sampler = Sampler(llama, method, Params(0), 1, 100, **words)
+        for prompt, text in zip(prompts[::4], expected[::4]):
+            assert sampler.generate([prompt], 40)["tokens"] == [text]
+
+
+def test_a_draft_model_that_is_the_model_is_always_right():
+    """Then q is p at every position, whatever was rejected before: both caches hold one text."""
+    llama = tiny(30, dtype=torch.float32, context=256)
+    result = generate(llama, [[1], [2, 3, 4]], "draft-model", Params(0), 60, draft_model=llama, length=3)
+    assert result["accepted_by_position"] == [1, 1, 1] and result["passes"] == 15
+
+
+def check_groups(code):
+    """A group's states are those of a plain drafting pass after the text and the path to its node."""
+    llama = code.tiny(30)
+    lookahead = code.random_lookahead(llama, 2).ready(llama)
+    offset, visible = code.fused.layout([0, 0, 1], 2, "cpu")  # the tree "0 1 00"
+
+    def after(text):
+        cache = code.model.Cache(llama, 1, 40).with_memory(lookahead.memory)
+        llama(torch.tensor([text]), cache)
+        cache.commit(len(text))
+        return cache
+
+    cache = after([1, 2, 3])
+    h = lookahead.forward(
+        llama, torch.tensor([[4, 5, 6, 7]]), cache, cache.length[:, None] + offset, visible)
+    for node, path in enumerate([[4], [4, 5], [4, 6], [4, 5, 7]]):
+        cache = after([1, 2, 3, *path[:-1]])
+        expected = lookahead.forward(llama, torch.tensor([path[-1:]]), cache)
+        group = torch.cat([h[:, node:node + 1], h[:, 4 + 2 * node:6 + 2 * node]], 1)
+        assert torch.allclose(group, expected), (
+            f"node {node} or its look-ahead does not see just the path to it, its memory and itself")
+
+
+def test_groups_see_their_node_and_its_path_only():
+    check_groups(REAL)
+
+
+# -------------------------------------------------- options
+
+@pytest.mark.parametrize("tree", ["1", "0 0", "0 2", "00", "a b", "", "0 1 10 11 101", "0 00 000 0000",
+                                  "\u00b2", "0 1 2 3 4 5"])
+def test_bad_trees(tree):
+    llama = tiny(5)
+    with pytest.raises(InputError, match="tree"):
+        generate(llama, [[1]], "tree", tree=tree, lookahead=random_lookahead(llama, 3))
+
+
+@pytest.mark.parametrize("vocab, context, length, says", [
+    (29, 64, 4, "vocabulary"), (30, 8, 4, "context of 8"), (30, 64, 0, "at least 1")])
+def test_bad_draft_models(vocab, context, length, says):
+    with pytest.raises(InputError, match=says):
+        generate(tiny(30), [[1]], "draft-model", max_new_tokens=9, length=length,
+                 draft_model=tiny(vocab, context=context))
+
+
+def test_best_tree():
+    """The drafts that are worth most, as many as the columns hold."""
+    by_rank = [[0.6, 0.8, 0.85], [0.5, 0.6, 0.62]]
+    assert best_tree(by_rank, 2, 18)[0] == ["0", "00", "1", "10", "01"]
+    paths, tokens = best_tree(by_rank, 1, 6)
+    assert paths == ["0", "1"] and abs(tokens - 1.8) < 1e-12
+
+
+@pytest.mark.parametrize("share, chosen", [(1.0, True), (0.001, False)])
+def test_choose(share, chosen, capsys):
+    """On a tiny model a tree pays if its drafts are always right, and not if they are never."""
+    llama = tiny(30, dtype=torch.float32, context=256)
+    lookahead = random_lookahead(llama, 3, ())
+    lookahead.acceptance = {"1.0": {"by_rank": [[share, share]] * 3}}
+    assert bool(choose(llama, lookahead, 0.9)) == chosen
+    assert "times as fast as plain decoding" in capsys.readouterr().err

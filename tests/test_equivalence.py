@@ -1,0 +1,286 @@
+"""The claim: PaSS draws from exactly the model's distribution, whatever its drafts are worth.
+
+1. The rejection rule gives p: by enumeration of its uniforms.
+2. So does each step of PaSS, from any state that a step can leave: by enumeration (tests/exact.py)
+   against an implementation that shares nothing with this one (tests/naive.py).
+3. So do whole texts with real random numbers, in ragged batches: by chi-square; greedy ones exactly.
+
+What is beyond the paper is held to the same in tests/test_beyond.py.
+"""
+import itertools
+from dataclasses import astuple
+from functools import cache
+
+import pytest
+import torch
+
+import naive
+from common import ALPHA, REAL, check_power, p_value, random_lookahead, tiny
+from exact import check_exact
+from pass_sampler import Lookahead, Params, Sampler, draw, generate, probs
+
+# ------------------------------------ 1. the rejection rule
+
+# `verify` is constant between thresholds. Where p and q are multiples of 1/4, every threshold (p/q, or
+# a cumulative share of a residual) is a multiple of 1/12, so the mean over one uniform from each
+# twelfth is the integral. It is taken twice, near the beginnings and near the ends of the twelfths:
+# a threshold that has moved ever so little shows in one of them.
+QUARTERS = [c for c in itertools.product(range(5), repeat=3) if sum(c) == 4]
+SIMPLEX = [torch.tensor(c, dtype=torch.float64) / 4 for c in QUARTERS]  # V = 3
+ONE = [(torch.stack([p, bonus]), q[None]) for p in SIMPLEX for q in SIMPLEX for bonus in SIMPLEX[5:7]]
+TWO = []
+for a, b, c, d in [(4, 9, 6, 4), (12, 3, 5, 10), (8, 8, 8, 2), (6, 11, 13, 7), (1, 4, 4, 1)]:
+    TWO.append((torch.stack([SIMPLEX[a], SIMPLEX[b], SIMPLEX[7]]),
+                torch.stack([SIMPLEX[c], SIMPLEX[d]])))
+NONE = [(p[None], torch.zeros(0, 3, dtype=torch.float64)) for p in SIMPLEX]
+
+
+def ends(n):
+    """Uniforms from each n-th of [0, 1), (n,): a little after its beginning, and before its end."""
+    return [(torch.arange(n, dtype=torch.float64) + inside) / n for inside in (1e-9, 1 - 1e-9)]
+
+
+def output_distribution(verify, p, q, grid):
+    """{(accepted drafts, next token): probability} for p (L+1,V), q (L,V), uniforms on a grid."""
+    L, V = q.shape
+    drafts = torch.tensor(list(itertools.product(range(V), repeat=L))).view(V**L, L)
+    weight = q.gather(1, drafts.T).prod(0) if L else torch.ones(1, dtype=torch.float64)
+    drafts, weight = drafts[weight > 0], weight[weight > 0]
+    u = torch.cartesian_prod(*[grid] * (L + 1)).view(-1, L + 1)
+    B, n = len(drafts) * len(u), len(u)
+    drafts, weight = drafts.repeat_interleave(n, 0), weight.repeat_interleave(n)
+    accepted, last = verify(
+        p.expand(B, -1, -1), q.expand(B, -1, -1), drafts, u.repeat(B // n, 1))
+    total = {}
+    for d, a, y, w in zip(drafts.tolist(), accepted.tolist(), last.tolist(), weight.tolist()):
+        key = (*d[:a], y)
+        total[key] = total.get(key, 0) + w / n
+    return total
+
+
+def check_rule(code, cases=ONE + TWO):
+    """Whatever is kept, each token must have the probability p given those before it."""
+    worst = (1e-12, "")
+    for (p, q), grid in itertools.product(cases, ends(12)):
+        total = output_distribution(code.pass_sampler.verify, p, q, grid)
+        for i in range(len(p)):
+            # Texts that reach position i. Given the first i tokens, the next must follow p_i.
+            reached = {}
+            for text, w in total.items():
+                if len(text) > i:
+                    shares = reached.setdefault(text[:i], torch.zeros(3, dtype=torch.float64))
+                    shares[text[i]] += w
+            for before, weights in reached.items():
+                share = weights / weights.sum()
+                off = (share - p[i]).abs().max().item()
+                if not off <= worst[0]:
+                    where = f"of draft {i + 1}" if i < len(q) else "after all drafts (the bonus)"
+                    worst = (off, f"in the place {where}, after {list(before)}, the output is "
+                             f"distributed as {share.round(decimals=6).tolist()}, but the target is "
+                             f"p = {p[i].tolist()} (all p: {p.tolist()}, all q: {q.tolist()})")
+    assert not worst[1], f"{worst[1]}: the rejection rule of Leviathan et al. is broken"
+
+
+def test_rule_is_exact():
+    """All p and q in quarters over three tokens, zeros and one-hots among them: L = 1, 2 and 0."""
+    check_rule(REAL)
+    check_rule(REAL, NONE)
+
+
+def check_zeros(code):
+    """At either end of the uniforms: no draft of p = 0 is kept, nothing of probability 0 is drawn."""
+    p = torch.tensor([[[0, 0.5, 0, 0.5, 0], [0, 0, 1, 0, 0]]], dtype=torch.float64)
+    q = torch.tensor([[[0.25, 0.5, 0.25, 0, 0]]], dtype=torch.float64)
+    for u, draft in itertools.product(itertools.product((0, 1 - 2**-53), repeat=2), range(3)):
+        accepted, last = code.pass_sampler.verify(
+            p, q, torch.tensor([[draft]]), torch.tensor([u], dtype=torch.float64))
+        assert not accepted or p[0, 0, draft] > 0, f"u = {u}: a draft of p = 0 was kept"
+        allowed = p[0, 1] if accepted else (p[0, 0] - q[0, 0]).clamp(min=0)
+        assert allowed[last] > 0, f"u = {u}: token {last.item()} came out, which the residual excludes"
+
+
+def test_zeros():
+    check_zeros(REAL)
+
+
+def test_draw_is_exact_and_never_takes_a_zero():
+    for weights in ([0, 1, 2, 0, 1], [0, 0, 4, 0, 0], [1, 1, 1, 1, 0]):
+        p = torch.tensor(weights, dtype=torch.float64)
+        for grid in ends(12):
+            assert torch.equal(draw(p.expand(12, 5), grid).bincount(minlength=5) / 12, p / 4)
+        extremes = torch.tensor([0, 1 - 2**-53], dtype=torch.float64)
+        assert (p[draw(p.expand(2, 5), extremes)] > 0).all()
+
+
+PARAMS = [Params(0), Params(1), Params(0.5), Params(2, top_k=3), Params(1, top_p=0.7),
+          Params(0.7, 4, 0.8), Params(1, 100, 1.0), Params(1, 1), Params(1e-9), Params(1e9)]
+
+
+def check_probs(code):
+    """`probs` is the definition in tests/naive.py."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 8, generator=generator, dtype=torch.float64) * 2
+    logits[1, 3:6] = logits[1, 2]  # ties at the k-th logit and at the threshold of top-p
+    logits[2] = 0
+    logits[3, :4] = -1e30
+    for params in PARAMS:
+        rows = [naive.probs(row, *astuple(params)) for row in logits.tolist()]
+        expected = torch.tensor(rows, dtype=torch.float64)
+        got = code.pass_sampler.probs(logits, params)
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-9, msg=lambda text: (
+            f"{params}: {text}"))
+        low = code.pass_sampler.probs(logits.bfloat16(), params)
+        assert low.dtype == torch.float32
+        assert torch.equal(low, code.pass_sampler.probs(logits.bfloat16().float(), params))
+
+
+def test_probs_equals_the_definition():
+    check_probs(REAL)
+
+
+def test_top_p_follows_temperature_and_keeps_the_token_that_crosses():
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    kept = lambda *settings: probs(logits, Params(*settings)).count_nonzero()
+    assert kept(1, 0, 0.6) == 2 and kept(0.1, 0, 0.6) == 1 and kept(1, 0, 0.5) == 1
+    assert kept(1, 3) == 4  # the third and the fourth tie
+
+
+# --------------------------------- 2. steps, by enumeration
+
+SETTINGS = [(0.0,), (1.0,), (0.5,), (1.0, 2), (1.0, 0, 0.7), (0.7, 2, 0.8), (1.5, 2)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_autoregressive_step(settings):
+    check_exact(REAL, "autoregressive", settings, steps=3)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("L", [1, 2])
+def test_pass_step(settings, L):
+    check_exact(REAL, "pass", settings, shape=L)
+
+
+@pytest.mark.parametrize("L, settings", [(1, (1.0,)), (2, (1.0, 2))], ids=str)
+def test_two_steps_of_pass(L, settings):
+    """The second finds what the first left: cache, x, and nothing of what was rejected."""
+    check_exact(REAL, "pass", settings, shape=L, steps=2)
+
+
+def test_random_lookaheads_are_of_use():
+    """The checks above would be idle if drafts were never, or always, accepted."""
+    model = tiny(3, seed=3)
+    judge = naive.Model(model, random_lookahead(model, 2))
+    shares = []
+    for x in range(3):
+        p = naive.probs(judge.next_logits([2, 0, 1, x]))
+        q = naive.probs(judge.draft_logits([2, 0, 1], [x]))
+        shares.append(sum(map(min, p, q)))
+    assert sum(0.1 < share < 0.9 for share in shares) >= 2, shares
+
+
+# ----------------- 3. whole texts, with real random numbers
+
+PROMPTS = [[1], [2, 3, 1], [0, 1, 2, 3, 3, 1, 2]]
+ROWS, BATCHES, SINGLE = 300, 20, 800  # 6,000 texts per test, a third after each prompt
+
+
+def options(method, llama, L=3, parts=()):
+    """What a method needs: a look-ahead, a tree L deep, a draft model unlike the model."""
+    c = llama.config
+    words = {}
+    if method in ("pass", "fused", "tree"):
+        words["lookahead"] = random_lookahead(llama, L, parts)
+    if method == "tree":
+        words["tree"] = "0 1 00 01 000" if L == 3 else " ".join("0" * i for i in range(1, L + 1))
+    if method == "draft-model":
+        words["length"] = L
+        words["draft_model"] = tiny(c.vocab_size, seed=8, dtype=llama.embedding.dtype,
+                                    context=c.context, stop=c.stop_tokens)
+    return words
+
+
+@cache
+def exact_texts(prompt, params, n):
+    """{text: probability} of the texts of n tokens, or fewer with a stop token at the end, after a
+    prompt, by the chain rule and the naive model."""
+    judge, texts = naive.Model(tiny(4, seed=3)), {(): 1.0}
+    for _ in range(n):
+        longer = {}
+        for text, probability in texts.items():
+            if text and text[-1] == 0:
+                longer[text] = probability
+                continue
+            p = naive.probs(judge.next_logits([*prompt, *text]), *astuple(params))
+            for token, share in enumerate(p):
+                if share:
+                    longer[text + (token,)] = probability * share
+        texts = longer
+    return texts
+
+
+def joint_p_values(code, method, params, parts=(), seed=0, **more):
+    """p-values, one per prompt. Null hypothesis: texts of 5 tokens, fewer where 0 stops them, are
+    independent draws from the model; 2,000 texts per prompt. test_power says what deviation that
+    finds. Many rows of each prompt stand in one batch: they accept different numbers of drafts."""
+    llama = code.tiny(4, seed=3, stop=(0,))
+    words = options(method, llama, parts=parts) | more
+    params = code.pass_sampler.Params(*astuple(params))
+    sampler = code.pass_sampler.Sampler(llama, method, params, ROWS, 20, **words)
+    texts = []
+    for batch in range(BATCHES):
+        texts += sampler.generate(PROMPTS * (ROWS // 3), 5, seed + batch)["tokens"]
+    params = Params(*astuple(params))
+    return [p_value(texts[i::3], exact_texts(tuple(prompt), params, 5))
+            for i, prompt in enumerate(PROMPTS)]
+
+
+def check_joint(code, method, params, **more):
+    for prompt, p in zip(PROMPTS, joint_p_values(code, method, params, **more)):
+        assert p > ALPHA, (f"{method}, {params}: texts after {prompt} do not follow the model (p-value "
+                           f"{p:.1e}): rows or decisions share random numbers, or a row disturbs another")
+
+
+@pytest.mark.parametrize("params", [Params(1), Params(0.7, 3, 0.8)], ids=str)
+@pytest.mark.parametrize("method", ["autoregressive", "pass"])
+def test_ragged_batches_follow_the_model(method, params):
+    check_joint(REAL, method, params)
+
+
+def single_p_value(method, first=0):
+    """Batch of one, 800 seeds. Null hypothesis: texts of 3 tokens are draws from the model."""
+    llama, params = tiny(4, seed=3, stop=(0,)), Params(0.8, 3)
+    sampler = Sampler(llama, method, params, 1, 20, **options(method, llama))
+    texts = [sampler.generate([[2, 3, 1]], 3, seed)["tokens"][0]
+             for seed in range(first, first + SINGLE)]
+    return p_value(texts, exact_texts((2, 3, 1), params, 3))
+
+
+@pytest.mark.parametrize("method", ["autoregressive", "pass"])
+def test_single_rows_follow_the_model(method):
+    assert single_p_value(method) > ALPHA
+
+
+@pytest.mark.parametrize("n, length, params, shift", [
+    (2000, 5, Params(1), 0.14), (2000, 5, Params(0.7, 3, 0.8), 0.12), (SINGLE, 3, Params(0.8, 3), 0.16)],
+    ids=str)
+def test_power(n, length, params, shift):
+    """The smallest deviation, in total variation, that these tests find with a power of 99 %."""
+    check_power(exact_texts(tuple(PROMPTS[1]), params, length), n, shift)
+
+
+@pytest.mark.parametrize("L", [1, 4, 7])
+def test_greedy_pass_equals_greedy_autoregressive(L):
+    """float32, token by token: 30 prompts of 1 to 30 tokens, as one ragged batch, and one by one."""
+    llama, generator = tiny(30, dtype=torch.float32, context=256, stop=(7,)), torch.Generator()
+    generator.manual_seed(L)
+    prompts = [torch.randint(30, (1 + i,), generator=generator).tolist() for i in range(30)]
+    plain = Sampler(llama, "autoregressive", Params(0), 1, 100)
+    expected = [plain.generate([p], 40)["tokens"][0] for p in prompts]
+    assert len({len(text) for text in expected}) > 3  # some stop early
+    assert generate(llama, prompts, "autoregressive", max_new_tokens=40)["tokens"] == expected
+    for lookahead in (random_lookahead(llama, L), Lookahead(llama.embedding[:L])):
+        batch = generate(llama, prompts, "pass", max_new_tokens=40, lookahead=lookahead)["tokens"]
+        assert batch == expected
+        sampler = Sampler(llama, "pass", Params(0), 1, 100, lookahead=lookahead)
+        assert [sampler.generate([p], 40)["tokens"][0] for p in prompts[::3]] == expected[::3]
