@@ -352,7 +352,7 @@ GUARD = """
 import bisect, collections, copy, ctypes, datetime, functools, hashlib, heapq, itertools, math, operator, os, random, re, resource
 import socket, statistics, string, sys, typing, _strptime
 program, libc, quiet = sys.stdin.read(), ctypes.CDLL(None), os.open(os.devnull, os.O_WRONLY)
-for limit, value in (resource.RLIMIT_CPU, 5), (resource.RLIMIT_AS, 2 ** 30), (resource.RLIMIT_FSIZE, 2 ** 16):
+for limit, value in (resource.RLIMIT_CPU, int(sys.argv[1])), (resource.RLIMIT_AS, 2 ** 30), (resource.RLIMIT_FSIZE, 2 ** 16):
     resource.setrlimit(limit, (value, value))
 os.chroot(".")  # an empty folder: from here on there are no files, and no more modules
 if not libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()):  # give up the right to undo that
@@ -369,7 +369,7 @@ def passes(program, seconds=10):
     memory and what it writes (Linux only). Raises InputError where this machine cannot shut it in so."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            child = subprocess.run([*SHUT_IN, GUARD], input=program.encode(), cwd=folder, timeout=seconds,
+            child = subprocess.run([*SHUT_IN, GUARD, str(seconds // 2)], input=program.encode(), cwd=folder, timeout=seconds,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         except subprocess.TimeoutExpired:
             return False

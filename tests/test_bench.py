@@ -146,7 +146,7 @@ def test_pass_at_k_and_its_interval():
     ("open('/file', 'w').write('x' * 2 ** 20)", False), ("raise SystemExit(0)", False), ("print('passed'); assert False", False),
     ("import os\nos.mkdir('x')\nos.chroot('x')", False), ("for _ in range(10 ** 6): print('x' * 99)", True)])
 def test_programs_are_shut_in(program, ends_well):
-    assert bench.passes(program, seconds=6) == ends_well
+    assert bench.passes(program, seconds=4) == ends_well
 
 
 @pytest.mark.skipif(not SHUT_IN, reason="needs the command unshare")

@@ -65,12 +65,13 @@ def test_accepted_drafts_stand_out_on_a_terminal(folder, capsys, monkeypatch):
     assert call(capsys, *words)[1] == out.replace("\033[32m", "").replace("\033[0m", "")
 
 
-def test_prompt_from_file_and_standard_input(folder, tmp_path):
+def test_prompt_from_file_and_standard_input(folder, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("import sys\n")
-    command = [sys.executable, ROOT / "pass_sampler.py", "--model", folder, "--json", "--max-new-tokens", "4"]
-    from_file = subprocess.run([*command, "--prompt-file", tmp_path / "prompt.txt"], capture_output=True, check=True)
-    from_stdin = subprocess.run([*command, "-"], input=b"import sys\n", capture_output=True, check=True)
-    assert json.loads(from_file.stdout)["tokens"] == json.loads(from_stdin.stdout)["tokens"]
+    words = ["--model", folder, "--json", "--max-new-tokens", "4"]
+    _, from_file, _ = call(capsys, *words, "--prompt-file", tmp_path / "prompt.txt")
+    command = [sys.executable, ROOT / "pass_sampler.py", *words, "-"]
+    from_stdin = subprocess.run(command, input=b"import sys\n", capture_output=True, check=True)
+    assert json.loads(from_file)["tokens"] == json.loads(from_stdin.stdout)["tokens"]
 
 
 def test_exit_code_of_the_process_and_closed_pipe(folder):

@@ -20,7 +20,15 @@ import pretrain  # noqa: E402
 DEMO = ROOT / "demo" / "model"
 
 
-# ---------------------------------------- the shipped model
+# ------------------------------------------------------- the shipped model
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """This model is large enough for them."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
 
 @cache
 def demo():
