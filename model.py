@@ -222,7 +222,7 @@ def attention(q, k, v, bias):
 
     A CPU has a fused kernel for it. A GPU's, given a mask, runs as few blocks as there are
     key/value heads: with 2048 slots an H200 took 2.5 times as long per pass as with plain products.
-    Where gradients flow, plain products are faster on a CPU too.
+    Those train faster on a CPU too.
     """
     if q.device.type == "cpu" and not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -272,6 +272,7 @@ class Llama(nn.Module):
         # (H+2K,E/2). Queries and keys turn, values do not: one product turns all heads at once.
         turning = rope_frequencies(config).expand(config.n_heads + config.n_kv_heads, -1)
         self.frequency = F.pad(turning, (0, 0, 0, config.n_kv_heads)).to(device)
+        self.eps = torch.tensor(config.norm_eps, device=device)
 
     @property
     def dtype(self):
@@ -291,6 +292,15 @@ class Llama(nn.Module):
     def logits(self, h):
         """Output of `forward` (..,D) -> logits (..,V). Apart, since many columns need none."""
         return linear(h, self.output)
+
+    def rms_norm(self, x, weight):
+        """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467)."""
+        if x.is_cuda or x.dtype != torch.float32:
+            return F.rms_norm(x, x.shape[-1:], weight, self.config.norm_eps)
+        # On a CPU that is eight small calls. By way of |x| a step of SmolLM2 is 4 % faster.
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(self.eps, length, length, value=1 / x.shape[-1]).rsqrt()
+        return x * scale * weight
 
     def forward(self, x, cache, positions=None, mask=None):
         """Run one block after the committed columns of the cache. Commits nothing.
@@ -328,7 +338,7 @@ class Llama(nn.Module):
         one_row = B == 1 and not cache.reads_all
 
         for layer, cached, new in zip(self.layers, seen, block):
-            y = F.rms_norm(x, (c.dim,), layer.attention_norm, c.norm_eps)
+            y = self.rms_norm(x, layer.attention_norm)
             qkv = linear(y, layer.qkv).view(B, T, H + 2 * K, E)
             qkv = torch.addcmul(qkv * cos, qkv.roll(E // 2, -1), sin)
             q, kv = qkv.split((H, 2 * K), 2)
@@ -345,10 +355,10 @@ class Llama(nn.Module):
             a = attention(q, keys, values, bias)
             a = a.view(B, K, T, G, E).transpose(1, 2).reshape(B, T, H * E)
             x = x + linear(a, layer.o)
-            y = F.rms_norm(x, (c.dim,), layer.ffn_norm, c.norm_eps)
+            y = self.rms_norm(x, layer.ffn_norm)
             gate, up = linear(y, layer.gate_up).chunk(2, -1)
             x = x + linear(F.silu(gate) * up, layer.down)
-        return F.rms_norm(x, (c.dim,), self.norm, c.norm_eps)
+        return self.rms_norm(x, self.norm)
 
     def named_weights(self):
         """The weights by their Hugging Face names: views of the fused matrices."""
@@ -376,10 +386,8 @@ class Llama(nn.Module):
         """Load a Hugging Face folder: config.json, and model.safetensors or shards and their index.
 
         dtype: a torch dtype to run in; None is the checkpoint's own. packed: let `pack` have the
-        matrices where it can, if dtype is float16, or None for a half-precision checkpoint; False
-        where the weights are to be read, as in training.
-        Tensors are copied from the mapped file to their place: no second copy of the model is held.
-        Raises InputError that names what is wrong.
+        matrices where it can, if that is float16 or None is half precision; False to read or train
+        them. No second copy of the model is held. Raises InputError that names what is wrong.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -413,7 +421,7 @@ class Llama(nn.Module):
 
 
 def copy_weight(target, file, name, path):
-    """Copy tensor `name` of an open file to its place. Raises InputError where it does not fit."""
+    """Copy tensor `name` of an open file to its place, where it must fit."""
     source = file.get_slice(name)
     found = f"{source.get_dtype()} {source.get_shape()}"
     if source.get_shape() != list(target.shape) or source.get_dtype() not in ("F32", "F16", "BF16"):
@@ -425,7 +433,7 @@ def copy_weight(target, file, name, path):
 
 
 def packs(device):
-    """Does PyTorch have here what `pack` wants? It is FBGEMM's product, on x86."""
+    """Does PyTorch have here what `pack` wants, FBGEMM on x86?"""
     engines = torch.backends.quantized.supported_engines
     return torch.device(device).type == "cpu" and "fbgemm" in engines
 
@@ -434,8 +442,8 @@ def pack(model):
     """Keep the matrices as float16 and compute in float32, in place. The model then only decodes.
 
     A pass over few columns takes as long as reading the matrices. PyTorch's own product of
-    half-precision matrices rearranges them at every call. FBGEMM's was made for inference: it
-    arranges them once, here. Activations and cache stay float32, so methods agree to its rounding.
+    half-precision matrices rearranges them at every call; FBGEMM's arranges them once, here.
+    Activations and cache stay float32, so methods agree to its rounding.
     """
     for module in (model, *model.layers):
         for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):

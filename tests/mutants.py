@@ -23,7 +23,7 @@ from exact import check_exact
 from pass_sampler import Params
 from test_beyond import BOTH, check_groups, check_rule_for_trees, check_siblings
 from test_equivalence import check_joint, check_probs, check_rule, check_zeros
-from test_model import check_model, check_one_row
+from test_model import check_model, check_one_row, check_types
 from test_sampler import check_ended_rows, check_memory, check_recordable, check_stops
 from test_train import check_columns, check_frozen, check_gradients
 
@@ -338,7 +338,10 @@ MUTANTS = {
         "F.pad(turning, (0, 0, 0, config.n_kv_heads), value=0.1)"),
     "norm without the model's epsilon": mutant(
         "RMSNorm divides by sqrt(mean(x^2) + eps)", check_model, "model",
-        "F.rms_norm(x, (c.dim,), self.norm, c.norm_eps)", "F.rms_norm(x, (c.dim,), self.norm, 0.1)"),
+        "weight, self.config.norm_eps)", "weight, 0.1)"),
+    "norm of the sum in place of the mean": mutant(
+        "RMSNorm divides by sqrt(mean(x^2) + eps), in float32 too", check_types, "model",
+        "value=1 / x.shape[-1]", "value=1 / self.config.head_dim"),
     "attention not scaled": mutant(
         "scores are divided by sqrt(E)", check_model, "model",
         "F.scaled_dot_product_attention(q, k, v, attn_mask=bias)",
