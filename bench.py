@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from beyond.draft_model import load_draft_model
-from beyond.tree import best_tree, choose, table_for
+from beyond.tree import best_of, choose, table_for
 from files import (
     InputError, check_writable, device_named, load_tokenizer, read_json, run_script, write_file)
 from model import DTYPES, Cache, Llama
@@ -112,7 +112,7 @@ def decoder(args, model, tokenizer, prompts, spec, small=None):
     names: what `Sampler.generate` returns, and the tree."""
     method, file, shape = parse_method(spec)
     known = options_of(method)
-    slots = max(map(len, prompts)) + args.new_tokens
+    context = max(map(len, prompts)) + args.new_tokens
     options = {}
     if "lookahead" in known:
         L = int(shape) if shape and "tree" not in known else None
@@ -122,16 +122,16 @@ def decoder(args, model, tokenizer, prompts, spec, small=None):
     if "length" in known and shape:
         options["length"] = int(shape)
 
-    @lru_cache
+    @lru_cache(maxsize=1)
     def sampler(params, rows):
         name, words = method, dict(options)
-        if "tree" in known and shape:
-            words["tree"] = shape
         if shape == "auto":
             words["tree"] = choose(model, options["lookahead"], params.temperature, rows)
             if words["tree"] is None:
                 name, words = "autoregressive", {}
-        return Sampler(model, name, params, rows, slots, not args.no_graph, **words), words
+        elif "tree" in known:
+            words["tree"] = shape or known["tree"].default
+        return Sampler(model, name, params, rows, context, not args.no_graph, **words), words
 
     def decode(i, params, seed, tokens, samples=1):
         used, words = sampler(params, samples)
@@ -145,12 +145,12 @@ def compare(runs, args, prompts, params, what):
     Yields (name, row). "times as fast" is the median over prompts, between its quartiles; prefill is not counted."""
     names, results = list(runs), {name: [] for name in runs}
     for decode in runs.values():
-        decode(0, params, args.seed, 4)  # warm up
+        decode(0, params, args.seed, min(16, args.new_tokens))  # warm up
     for i in tqdm(range(len(prompts)), what, leave=False, disable=None):
         for name in names[i % len(names):] + names[:i % len(names)]:
             results[name].append(runs[name](i, params, args.seed + i, args.new_tokens))
-    each = {name: [(r["seconds"] - r["prefill_seconds"]) / r.get("decoded", len(r["tokens"][0])) for r in rs]
-            for name, rs in results.items()}
+    each = {name: [(r["seconds"] - r["prefill_seconds"] - r.get("capture_seconds", 0)) /
+                   r.get("decoded", len(r["tokens"][0])) for r in rs] for name, rs in results.items()}
     for name, rs in results.items():
         ratio = [a / b for a, b in zip(each[names[0]], each[name])]
         low, middle, high = statistics.quantiles(ratio, n=4, method="inclusive") if len(ratio) > 1 else ratio * 3
@@ -272,8 +272,7 @@ def length(args):
                 runs["pass", L, 1 + L] = f"pass={L}"
                 runs["fused", L, (1 + L) ** 2] = f"fused={L}"
             for columns in args.columns:  # the tree that should accept most within so many columns
-                trees = [best_tree(table_for(lookahead, t), depth, columns) for depth in range(1, known + 1)]
-                paths, _ = max(trees, key=lambda tree: tree[1])
+                paths, _ = best_of(table_for(lookahead, t), columns)
                 if paths:
                     depth = max(map(len, paths))
                     runs["tree", depth, (1 + len(paths)) * (1 + depth)] = f"tree={' '.join(paths)}"

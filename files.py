@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +45,10 @@ def run_script(main):
 def device_named(name):
     """torch.device for --device."""
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a graph is recorded on the current one
+        return device
     except (RuntimeError, AssertionError):
         raise InputError(f"device {name!r} cannot be used here; --device cpu always can") from None
 
@@ -89,9 +93,18 @@ def check_writable(path):
 
 
 def write_file(path, save):
-    """save(path), by way of a temporary name: whenever we are killed, the file is whole or old."""
+    """save(path), by way of a temporary name: whenever we are killed, the file is whole or old.
+
+    What a symlink points to is written; a device or a pipe is written to and stays what it is.
+    """
+    path = path.resolve()
     temporary = path.with_name(path.name + ".tmp")
     try:
+        if path.exists() and not path.is_file():
+            with tempfile.TemporaryDirectory() as folder:
+                save(Path(folder) / path.name)
+                path.write_bytes((Path(folder) / path.name).read_bytes())
+            return
         temporary.touch()
         mode = temporary.stat().st_mode
         save(temporary)
@@ -140,9 +153,9 @@ def check_options(method, options, known):
             raise InputError(f"method {method} needs a {name}")
 
 
-def check_prompts(prompts, max_new_tokens, config, rows=math.inf, slots=math.inf):
-    """Raise InputError for what cannot be continued. rows, slots: of a Sampler."""
-    slots = min(slots, config.context)
+def check_prompts(prompts, max_new_tokens, config, rows=math.inf, context=math.inf):
+    """Raise InputError for what cannot be continued. rows, context: of a Sampler."""
+    context = min(context, config.context)
     if not prompts or max_new_tokens < 1:
         raise InputError("at least one prompt and one new token are needed")
     if len(prompts) > rows:
@@ -152,8 +165,8 @@ def check_prompts(prompts, max_new_tokens, config, rows=math.inf, slots=math.inf
             raise InputError("prompts must be a list of lists of token ids")
         if not prompt:
             raise InputError("the prompt is empty; give at least one token")
-        if len(prompt) >= slots:
-            raise InputError(f"the prompt has {len(prompt)} tokens and a text at most {slots}: "
+        if len(prompt) >= context:
+            raise InputError(f"the prompt has {len(prompt)} tokens and a text at most {context}: "
                              f"shorten the prompt")
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             raise InputError(f"the prompt has tokens from {min(prompt)} to {max(prompt)}, the "
@@ -187,14 +200,15 @@ def report(result, tokenizer, as_json):
 
 
 def summary(result):
-    """A line of figures."""
+    """A line of figures. Recording a graph is not counted in the speed."""
     tokens = sum(map(len, result["tokens"]))
+    seconds = result["seconds"] - result["capture_seconds"]
     shares = " ".join(f"{share:.2f}" for share in result["accepted_by_position"])
     return (f"{result['method']}: {tokens} tokens, {result['passes']} passes, "
             f"{result['tokens_per_pass']:.2f} tokens per pass, "
-            f"{'accepted by position ' + shares + ', ' if shares else ''}{result['seconds']:.2f} s "
+            f"{'accepted by position ' + shares + ', ' if shares else ''}{seconds:.2f} s "
             f"({result['prefill_seconds']:.2f} s of it prefill), "
-            f"{tokens / result['seconds']:.1f} tokens/s")
+            f"{tokens / seconds:.1f} tokens/s")
 
 
 # ------------------------------------------------ tokenizer
@@ -364,7 +378,7 @@ def read_lookahead(path, model, tokenizer, length=None):
         "head_out": [c.dim, *rank],
     }
     one_head = ("head_in" in tensors) != ("head_out" in tensors)
-    if "embeddings" not in tensors or one_head or not set(tensors) <= set(shapes):
+    if "embeddings" not in tensors or L == [0] or one_head or not set(tensors) <= set(shapes):
         raise InputError(f"{path} is no look-ahead file: its tensors, such as "
                          f"{', '.join([*tensors][:4])}, are not {', '.join(shapes)}")
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""LLaMA in one file: configuration, key/value cache, forward pass, loading. Nothing of PaSS.
+"""LLaMA in one file: configuration, key/value cache, forward pass, loading.
 
 One idea carries the repository: *a decoder is a choice of block*. A block is T columns per row:
 tokens, or vectors in the place of tokens. `Llama.forward` runs a block after the text that the
@@ -175,7 +175,7 @@ class Cache:
         """
         rows, device = len(self.length), self.length.device
         S = self.kv.shape[4] if self.reads_all else self.memory + int(self.length.max()) + T
-        slot = torch.arange(S, device=device) - self.memory  # memory < 0 <= committed < length
+        slot = torch.arange(S, device=device) - self.memory  # the memory is negative
         committed = (slot >= 0) & (slot < self.length[:, None, None])
         seen = committed.repeat(1, T, 1)
         if sees_memory is not None:
@@ -218,7 +218,7 @@ def rope_frequencies(config):
 
 
 def attention(q, k, v, bias):
-    """Softmax attention of q (B,K,N,E) over k, v (B,K,S,E); bias (B,1,N,S) is 0 or -inf.
+    """Softmax attention of q (B,K,N,E) over k, v (B,K,S,E); bias (B,1,N,S), 0 or -inf.
 
     A CPU has a fused kernel for it. A GPU's, given a mask, runs as few blocks as there are
     key/value heads: with 2048 slots an H200 took 2.5 times as long per pass as with plain products.
@@ -226,11 +226,13 @@ def attention(q, k, v, bias):
     """
     if q.device.type == "cpu" and not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    N, S, E = q.shape[2], *k.shape[2:]
-    bias = bias.expand(-1, q.shape[1], -1, -1).reshape(-1, N, S)
-    flat_q, flat_k, flat_v = q.reshape(-1, N, E), k.reshape(-1, S, E), v.reshape(-1, S, E)
-    wide = {} if q.requires_grad else {"out_dtype": bias.dtype}  # bfloat16 would round the scores
-    scores = torch.baddbmm(bias, flat_q, flat_k.mT, alpha=E**-0.5, **wide)
+    B, K, N, E = q.shape
+    flat_q, flat_k, flat_v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    bias = bias.expand(-1, K, -1, -1).flatten(0, 1)  # (B*K,N,S)
+    if q.requires_grad:
+        scores = torch.baddbmm(bias.to(q.dtype), flat_q, flat_k.mT, alpha=E**-0.5)
+    else:  # scores in float32: bfloat16 would round them
+        scores = torch.baddbmm(bias, flat_q, flat_k.mT, alpha=E**-0.5, out_dtype=bias.dtype)
     return torch.bmm(scores.softmax(-1).to(v.dtype), flat_v).view(q.shape)
 
 
@@ -323,7 +325,7 @@ class Llama(nn.Module):
         S = mask.shape[2]
 
         # The G query heads that share a key/value head stand as G columns: k and v are read once.
-        wide = torch.float32 if x.is_cuda else x.dtype
+        wide = torch.promote_types(x.dtype, torch.float32) if x.is_cuda else x.dtype
         bias = torch.zeros(mask.shape, dtype=wide, device=x.device).masked_fill_(~mask, -math.inf)
         bias = bias.repeat_interleave(G, 1)[:, None]  # (B,1,T*G,S)
 
@@ -345,8 +347,7 @@ class Llama(nn.Module):
             kv = kv.view(B, T, 2, K, E)
             if kv.requires_grad:
                 cached = cached.clone()  # autograd needs what attention read
-                cached[:, rows, :, slots] = kv
-            elif one_row:
+            if one_row and not kv.requires_grad:
                 new.copy_(kv)
             else:
                 cached[:, rows, :, slots] = kv

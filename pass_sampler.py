@@ -45,8 +45,8 @@ def probs(logits, params):
     """Logits (..,V) -> probabilities (..,V), in float32 or float64. It makes both p and q.
 
     Temperature; then top-k; then top-p, the fewest most likely tokens that together reach top_p
-    (arXiv 1904.09751). What ties with the last token kept is kept. Temperature 0 gives a one-hot p,
-    so greedy decoding needs no code of its own.
+    (arXiv 1904.09751). What ties with the last token kept is kept. Temperature 0 gives a one-hot p:
+    greedy decoding follows the same rule as all else.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if params.temperature == 0:
@@ -129,7 +129,7 @@ class Lookahead:
     def forward(self, model, tokens, cache, positions=None, visible=None):
         """Run a block of tokens (B,T) and, after them, the look-ahead: (B,T+L,D).
 
-        With positions and visible (columns,columns), groups of L fill so many columns.
+        visible (C,C) is for a block of C columns: the tokens, then several groups of L.
         """
         T = tokens.shape[1]
         columns = T + len(self.embeddings) if visible is None else len(visible)
@@ -154,10 +154,10 @@ class Lookahead:
 class Method(NamedTuple):
     """What a method's function returns.
 
-    step(u (B,uniforms)) finds each row's text in the cache, but for its last token, s.x. It commits
-    s.x and what it adds, but for the last token, and returns tokens (B,n) and how many count (B,).
-    Its shapes are fixed, it does not wait for the device, and it writes in place what outlives it,
-    so that a GPU can record it once and replay it.
+    step(u), u (B,uniforms): before it the cache holds each row's text without the last token, which
+    is s.x. It commits s.x and all new tokens but the last, and returns tokens (B,n) and how many of
+    them count (B,). Its shapes are fixed, it does not wait for the device, and it writes in place
+    what outlives it, so that a GPU can record it once and replay it.
     """
     step: Callable
     uniforms: int
@@ -199,18 +199,19 @@ def parallel(s, lookahead):
         block = torch.cat([x, drafts], 1)
         p = s.probs(s.model.logits(s.model(block, cache)))  # pass 2: (B,1+L,V)
         accepted, last = verify(p, q, drafts, u[:, 1 + L:])
-        cache.commit((1 + accepted) * s.alive)  # x_{n+1} and the accepted drafts
-        return replaced(block, 1 + accepted, last), 2 + accepted
+        kept = 1 + accepted  # x_{n+1} and the accepted drafts
+        cache.commit(kept * s.alive)
+        return ended_by(last, block, kept), 1 + kept
 
     return Method(step, uniforms=2 * L + 2, drafts=L, passes=2)
 
 
-def replaced(tokens, count, last):
+def ended_by(last, tokens, count):
     """(B,n+1): the first `count` (B,) of tokens (B,n), then last (B,), then what does not count."""
     return torch.cat([tokens, last[:, None]], 1).scatter_(1, count[:, None], last[:, None])
 
 
-# A function of a Sampler and of the method's own options; or the module in beyond/ that has it.
+# A function of a Sampler and of the method's options; or the module of beyond/ that has `method`.
 METHODS = {
     "autoregressive": autoregressive,
     "pass": parallel,
@@ -225,19 +226,19 @@ def method_named(name):
     if name not in METHODS:
         raise InputError(f"there is no method {name!r}, only {', '.join(METHODS)}")
     method = METHODS[name]
-    if isinstance(method, str):
-        method = getattr(importlib.import_module(method), method.split(".")[1])
-    return method
+    return importlib.import_module(method).method if isinstance(method, str) else method
 
 
 def options_of(name):
     """{option: inspect.Parameter} of the method `name`."""
-    return dict([*inspect.signature(method_named(name)).parameters.items()][1:])
+    options = dict(inspect.signature(method_named(name)).parameters)
+    del options["s"]
+    return options
 
 
 # ------------------------------------------------- the loop
 
-PREFILL = 512  # columns per block of prefill: bounds the memory of the mask
+PREFILL = 2048  # columns of a block of prefill, of all rows: bounds the memory of attention
 
 
 class Sampler:
@@ -247,14 +248,15 @@ class Sampler:
     has ended, which commits nothing.
     """
 
-    def __init__(self, model, method="pass", params=Params(), rows=1, slots=None, graph=True,
+    def __init__(self, model, method="pass", params=Params(), rows=1, context=None, graph=True,
                  **options):
-        """rows: prompts at once, at most. slots: tokens of a text with its prompt (None: the
-        context). graph: on a GPU, record the step. options: those of the method."""
+        """rows: prompts at once, at most. context: tokens of a text with its prompt, at most (None:
+        the model's; on a GPU each step attends to so many slots). graph: on a GPU, record the step.
+        options: those of the method."""
         files.check_options(method, options, options_of(method))
         device = model.embedding.device
         self.model, self.name, self.params, self.rows = model, method, params, rows
-        self.slots = min(slots or model.config.context, model.config.context)
+        self.context = min(context or model.config.context, model.config.context)
         self.caches, self.buffers = [], []
         self.x = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.alive = torch.zeros(rows, dtype=torch.long, device=device)
@@ -262,12 +264,12 @@ class Sampler:
         self.method = method_named(method)(self, **options)
         self.u = torch.zeros(rows, self.method.uniforms, dtype=torch.float64, device=device)
         self.generator = torch.Generator(device)
-        self.graph, self.result = None, None
+        self.recorded, self.result = None, None
         self.records = graph and device.type == "cuda"
 
     def new_cache(self, model, columns, memory=None):
         """A cache that `prefill` fills, with room for a step too many: no step must shrink."""
-        cache = Cache(model, self.rows, self.slots + 2 * columns)
+        cache = Cache(model, self.rows, self.context + 2 * columns)
         if memory is not None:
             cache = cache.with_memory(memory)
         self.caches.append((model, cache))
@@ -295,7 +297,9 @@ class Sampler:
             buffer.zero_()
         for model, cache in self.caches:
             cache.length.zero_()
-            for block in tokens[:, :-1].split(PREFILL, 1):
+            width = max(1, PREFILL // self.rows)
+            for start in range(0, tokens.shape[1] - 1, width):
+                block = tokens[:, start:-1][:, :width]
                 model(block, cache)  # padding stands after the text, which does not see it
                 cache.commit((lengths - 1 - cache.length).clamp(max=block.shape[1]))
 
@@ -309,14 +313,14 @@ class Sampler:
         """`advance` with new uniforms. A GPU runs it once, then records it as a CUDA graph, which
         it replays from then on, whatever the prompts and the seed."""
         self.u.uniform_(generator=self.generator)
-        if self.records and self.result is not None and self.graph is None:
-            start = time.perf_counter()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records, and runs nothing
+        if self.records and self.result is not None and self.recorded is None:
+            start, graph = time.perf_counter(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # records, and runs nothing
                 self.result = self.advance()
+            self.recorded = graph
             self.capture_seconds = time.perf_counter() - start
-        if self.graph is not None:
-            self.graph.replay()
+        if self.recorded is not None:
+            self.recorded.replay()
         else:
             self.result = self.advance()
         return self.result
@@ -326,17 +330,17 @@ class Sampler:
         """Continue each of `prompts`, lists of token ids that may differ in length.
 
         on_token(row, token, from_draft) is called for each token as it is made. stop_tokens: ids
-        that end a text (None: the model's). The same seed, batch and machine give the same text.
+        that end a text (None: the model's). The same seed, rows and machine give the same text.
         Returns a dict: tokens and from_draft, lists per row; stop_reason per row ("stop", "length",
         "context"); passes of the model, prefill apart; accepted_by_position, the share of steps
         that kept d_1, that kept d_1 and d_2, ..; tokens_per_pass of a row; seconds, of which are
         prefill_seconds and capture_seconds.
         """
         c = self.model.config
-        files.check_prompts(prompts, max_new_tokens, c, self.rows, self.slots)
+        files.check_prompts(prompts, max_new_tokens, c, self.rows, self.context)
         start, steps, self.capture_seconds = time.perf_counter(), 0, 0.0
         stops = c.stop_tokens if stop_tokens is None else stop_tokens
-        budget = [min(max_new_tokens, self.slots - len(prompt)) for prompt in prompts]
+        budget = [min(max_new_tokens, self.context - len(prompt)) for prompt in prompts]
         texts, from_draft = [[] for _ in prompts], [[] for _ in prompts]
         ending = [None] * len(prompts)
         accepted = []  # drafts, per step and living row
@@ -353,6 +357,8 @@ class Sampler:
                 if ending[row]:
                     continue
                 if not finite:
+                    for _, cache in self.caches:
+                        cache.kv.nan_to_num_(0, 0, 0)  # or the next prompts would meet them
                     raise InputError(f"the logits are not finite, in {self.model.precision}: try "
                                      f"--dtype float32, or no --lookahead")
                 first = len(tokens) - 1 - self.method.drafts  # where d_1 stands in tokens
@@ -385,8 +391,8 @@ def generate(model, prompts, method="pass", params=Params(), max_new_tokens=128,
              on_token=None, graph=True, **options):
     """One call for all: a Sampler for these prompts, used once. See `Sampler.generate`."""
     files.check_prompts(prompts, max_new_tokens, model.config)
-    slots = max(map(len, prompts)) + max_new_tokens
-    sampler = Sampler(model, method, params, len(prompts), slots, graph, **options)
+    context = max(map(len, prompts)) + max_new_tokens
+    sampler = Sampler(model, method, params, len(prompts), context, graph, **options)
     return sampler.generate(prompts, max_new_tokens, seed, on_token)
 
 

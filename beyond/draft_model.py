@@ -9,20 +9,20 @@ import torch
 
 from files import InputError, load_tokenizer
 from model import Llama
-from pass_sampler import Method, draw, probs, replaced, verify
+from pass_sampler import Method, draw, ended_by, probs, verify
 
 
-def draft_model(s, draft_model, length=4):
-    """L passes of the draft model, then one of the model: 1 to L+1 tokens."""
+def method(s, draft_model, length=4):
+    """L+1 passes of the draft model, the last for its cache, then one of the model."""
     L = length
     if L < 1:
         raise InputError(f"length must be at least 1, not {L}; or use --method autoregressive")
     if draft_model.config.vocab_size != s.model.config.vocab_size:
         raise InputError(f"the draft model has a vocabulary of {draft_model.config.vocab_size}, "
                          f"the model one of {s.model.config.vocab_size}: they must be the same")
-    if draft_model.config.context < s.slots:
+    if draft_model.config.context < s.context:
         raise InputError(f"the draft model's context of {draft_model.config.context} is less than "
-                         f"the {s.slots} of prompt and new tokens: ask for fewer")
+                         f"the {s.context} of prompt and new tokens: ask for fewer")
     cache = s.new_cache(s.model, 1 + L)
     small = s.new_cache(draft_model, 1 + L)
 
@@ -40,7 +40,7 @@ def draft_model(s, draft_model, length=4):
         accepted, last = verify(p, q, drafts, u[:, L:])
         cache.commit((1 + accepted) * s.alive)
         small.length.copy_(cache.length)  # both caches hold the same text
-        return replaced(drafts, accepted, last), 1 + accepted
+        return ended_by(last, drafts, accepted), 1 + accepted
 
     return Method(step, uniforms=2 * L + 1, drafts=L)
 

@@ -1,4 +1,4 @@
-"""PaSS in one pass per step: the pass that judges the drafts also makes the next ones.
+"""PaSS in one pass per step: the pass that judges the drafts also runs the look-ahead of the next.
 
 The look-ahead tokens never see the token that they stand for, so they need not wait until it is
 drawn. They must only stand after the last accepted draft, and which one that will be is not known
@@ -17,7 +17,7 @@ Few columns are cheap, 16 or more only on a GPU: on a CPU try --length 1. Read t
 """
 import torch
 
-from pass_sampler import Method, replaced, verify
+from pass_sampler import Method, ended_by, verify
 
 
 def layout(parent, L, device):
@@ -63,7 +63,7 @@ class Group:
         self.logits.copy_(logits[rows, columns])
 
 
-def fused(s, lookahead):
+def method(s, lookahead):
     """A step that judges the drafts and makes the next: 1 to L+1 tokens for one pass."""
     lookahead = lookahead.ready(s.model)
     L = len(lookahead.embeddings)
@@ -81,6 +81,6 @@ def fused(s, lookahead):
         accepted, last = verify(p, q, drafts, u[:, L:])
         cache.commit((1 + accepted) * s.alive)
         group.keep(h, logits, 1 + L, accepted)
-        return replaced(drafts, accepted, last), 1 + accepted
+        return ended_by(last, drafts, accepted), 1 + accepted
 
     return Method(step, uniforms=2 * L + 1, drafts=L)

@@ -21,7 +21,7 @@ import torch
 from beyond.fused import Group, layout
 from beyond.lookahead import LookaheadPlus, shortlist
 from files import InputError
-from pass_sampler import Method, Params, Sampler, draw, probs, replaced, residual
+from pass_sampler import Method, Params, Sampler, draw, ended_by, probs, residual
 
 
 class Shape:
@@ -29,7 +29,7 @@ class Shape:
 
     parent: per draft the node before it. children (1+N,W): per node its drafts in order, 0 is none.
     path (1+N,1+depth): the nodes from x to each one, which then repeats. depths (1+N,).
-    levels: per depth its parents, and per rank which of them have such a child, and the children.
+    levels: per depth the nodes with children; per rank which of these have such a child, and it.
     """
 
     def __init__(self, text, device):
@@ -58,12 +58,13 @@ class Shape:
         self.levels = []
         for d in range(self.depth):
             parents = [name for name in names if len(name) == d and name + "0" in index]
-            self.levels.append((tensor([index[name] for name in parents]), []))
+            by_rank = []
             for rank in ranks:
                 with_child = [i for i, name in enumerate(parents) if name + rank in index]
                 if with_child:
                     nodes = [index[parents[i] + rank] for i in with_child]
-                    self.levels[d][1].append((tensor(with_child), tensor(nodes)))
+                    by_rank.append((tensor(with_child), tensor(nodes)))
+            self.levels.append((tensor([index[name] for name in parents]), by_rank))
 
 
 def verify_tree(shape, p, q, tokens, u):
@@ -118,7 +119,7 @@ def grow(shape, s, lookahead, group, u):
     return tokens, q
 
 
-def tree(s, lookahead, tree="0 1 00"):
+def method(s, lookahead, tree="0 1 00"):
     """As `fused`, with the drafts of a tree in place of a chain: 1 to depth+1 tokens."""
     shape = Shape(tree, s.x.device)
     if shape.depth > len(lookahead.embeddings):
@@ -144,7 +145,7 @@ def tree(s, lookahead, tree="0 1 00"):
         path, accepted = shape.path[node], shape.depths[node]
         cache.commit((1 + accepted) * s.alive, path)
         group.keep(h, logits, 1 + N, node)
-        return replaced(tokens.gather(1, path[:, 1:]), accepted, last), 1 + accepted
+        return ended_by(last, tokens.gather(1, path[:, 1:]), accepted), 1 + accepted
 
     return Method(step, uniforms=2 * N + 1, drafts=L)
 
@@ -177,6 +178,12 @@ def best_tree(by_rank, depth, columns):
     return paths, tokens
 
 
+def best_of(by_rank, columns):
+    """`best_tree` of the depth that is best in so many columns."""
+    trees = [best_tree(by_rank, depth, columns) for depth in range(1, 1 + len(by_rank))]
+    return max(trees, key=lambda tree: tree[1])
+
+
 def table_for(lookahead, temperature):
     """by_rank of the look-ahead's file, at the nearest temperature; a guess where there is none."""
     known = lookahead.acceptance
@@ -193,16 +200,14 @@ def choose(model, lookahead, temperature, rows=1):
     by_rank = table_for(lookahead, temperature)
     expected = {None: 1.0}
     for columns in COLUMNS:
-        for depth in range(1, 1 + len(by_rank)):
-            paths, tokens = best_tree(by_rank, depth, columns)
-            if paths:
-                expected[" ".join(paths)] = tokens
+        paths, tokens = best_of(by_rank, columns)
+        expected[" ".join(paths)] = tokens
     samplers, seconds = {}, {name: [] for name in expected}
     for name in expected:
         words = {"lookahead": lookahead, "tree": name} if name else {}
         method = "tree" if name else "autoregressive"
         samplers[name] = Sampler(model, method, Params(temperature), rows, 160, **words)
-        samplers[name].generate([[0] * 64] * rows, 8, stop_tokens=())
+        samplers[name].generate([[0]] * rows, 8, stop_tokens=())
     for _ in range(5):
         for name, sampler in samplers.items():
             start = time.perf_counter()

@@ -15,7 +15,7 @@ from files import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURE = Path(__file__).parent / "fixture"
-ALPHA = 1e-6  # significance of every statistical test: see tests/README.md
+ALPHA = 1e-6  # significance of every statistical test: 30 p-values, one false alarm in 30,000 runs
 
 
 # ------------------------- the code, as it is or with a bug
@@ -35,8 +35,8 @@ def plant(module, patches):
     text = source(module).read_text()
     for old, new in patches:
         if text.count(old) != 1:
-            raise ValueError(f"the planted bug no longer fits {source(module).name}: {old!r} stands there "
-                             f"{text.count(old)} times, and must once: adapt tests/mutants.py")
+            raise ValueError(f"the planted bug does not fit {source(module).name}: {old!r} stands "
+                             f"there {text.count(old)} times, not once: adapt tests/mutants.py")
         text = text.replace(old, new)
     copy = types.ModuleType(module)
     copy.__file__ = str(source(module))
@@ -70,8 +70,8 @@ def planted(**patches):
 # ---------------------------------------------- tiny models
 
 def tiny(vocab=4, seed=0, dtype=torch.float64, context=64, stop=(), module=None, **changes):
-    """A random LLaMA with grouped heads, small enough to enumerate what it may say. module: model.py,
-    or a copy with a bug."""
+    """A random LLaMA with grouped heads, small enough to enumerate what it may say. module:
+    model.py, or a copy with a bug."""
     module = module or sys.modules["model"]
     settings = dict(
         vocab_size=vocab, dim=16, ffn_dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6,
@@ -93,9 +93,9 @@ def whole(llama, tokens):
 
 
 def random_lookahead(llama, L, parts=("memory", "head"), seed=5, module=None, keep=None):
-    """Random embeddings as large as the model's own, so that drafts are far from the target and every
-    branch of the rule is taken; of a memory of 2 slots and a head of rank 8 those that are named.
-    keep: so many of the L embeddings."""
+    """Random embeddings as large as the model's own, so that drafts are far from the target and
+    every branch of the rule is taken; of a memory of 2 slots and a head of rank 8 those that are
+    named. keep: so many of the L embeddings."""
     module = module or sys.modules["beyond.lookahead"]
     generator, c = torch.Generator().manual_seed(seed), llama.config
 
@@ -117,9 +117,11 @@ def random_lookahead(llama, L, parts=("memory", "head"), seed=5, module=None, ke
 
 
 def p_value(texts, exact):
-    """Chi-square goodness of fit of sampled texts to {text: probability}; cells expected fewer than 5 times are pooled.
+    """Chi-square goodness of fit of sampled texts to {text: probability}; cells expected fewer
+    than 5 times are pooled.
 
-    Null hypothesis: the texts are independent draws from `exact`. A text of probability 0 refutes it outright.
+    Null hypothesis: the texts are independent draws from `exact`. A text of probability 0 refutes
+    it outright.
     """
     counts = dict.fromkeys(exact, 0)
     for text in texts:
@@ -134,14 +136,15 @@ def p_value(texts, exact):
     statistic = sum((c - e) ** 2 / e for c, e in cells)
     if len(cells) < 2:
         return 1.0
-    return torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2).double(), torch.tensor(statistic / 2).double()).item()
+    freedom, half = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
+    return torch.special.gammaincc(freedom, half).item()
 
 
 def check_power(exact, n, shift):
-    """n draws from `exact`, {outcome: probability}, find a deviation of total variation `shift` with
-    a power of 99 %, spread over all outcomes, every other one more likely and less, which is the
-    hardest to see. Of 300 such samples at most 3 may pass for `exact` at ALPHA, and of 300 samples
-    from `exact` itself all must."""
+    """n draws from `exact`, {outcome: probability}, find a deviation of total variation `shift`
+    with a power of 99 %, spread over all outcomes, every other one more likely and less, which is
+    the hardest to see. Of 300 such samples at most 3 may pass for `exact` at ALPHA, and of 300
+    samples from `exact` itself all must."""
     outcomes, weights = list(exact), torch.tensor(list(exact.values()))
     order, generator = weights.argsort(), torch.Generator().manual_seed(0)
     shifted = weights.clone()

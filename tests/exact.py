@@ -1,11 +1,12 @@
 """Everything that a step may do, and how probable it is: not sampled but enumerated.
 
-All chance enters a step through its uniforms, and between thresholds (the cumulative shares of what
-is drawn from, and p/q) its outcome is constant. tests/naive.py has each method as an algorithm that
-says where its thresholds are. So `every_path` lists all ways that chance can take, each a cell of
-uniforms with its size; then the step that the samplers run is run once for all cells, as one batch,
-at both ends of every cell. From the outcomes and the sizes `check_exact` adds up the distribution of
-the text, and compares it with the chain rule, p(x_1) p(x_2 | x_1) .., of the naive model.
+All chance enters a step through its uniforms, and between thresholds (the cumulative shares of
+what is drawn from, and p/q) its outcome is constant. tests/naive.py has each method as an
+algorithm that says where its thresholds are. So `every_path` lists all ways that chance can take,
+each a cell of uniforms with its size; then the step that the samplers run is run once for all
+cells, as one batch, at both ends of every cell. From the outcomes and the sizes `check_exact`
+adds up the distribution of the text, and compares it with the chain rule, p(x_1) p(x_2 | x_1) ..,
+of the naive model.
 """
 from functools import cache
 
@@ -26,7 +27,8 @@ class Path:
         self.taken, self.sizes, self.cells, self.weight = list(taken), [], {}, 1.0
 
     def choose(self, i, weights):
-        """An outcome, an index into weights, that uniform i decides: the ends of its cell are kept."""
+        """An outcome, an index into weights, that uniform i decides: the ends of its cell are
+        kept."""
         possible = [k for k, w in enumerate(weights) if w > 1e-12]
         if len(self.sizes) == len(self.taken):
             self.taken.append(0)
@@ -151,15 +153,16 @@ def compare_ends(method, rows, low, high):
     prompt, made, path = rows[i]
     cells = {key: (round(a, 4), round(b, 4)) for key, (a, b) in path.cells.items()}
     raise AssertionError(
-        f"{method}, after {prompt}: {len(different)} of {len(rows)} cells. Uniforms in {cells}, (step, "
-        f"number), lie between the thresholds that the method has (p/q to accept; the cumulative "
-        f"shares of p, of q, or of the residual max(0, p - q) to draw), so there should be one outcome, "
-        f"{made} (model's token, accepted drafts, last token, per step), but it is {low[i]} at one end "
-        f"and {high[i]} at the other: a draw or the rejection rule of Leviathan et al. is off")
+        f"{method}, after {prompt}: {len(different)} of {len(rows)} cells. Uniforms in {cells}, "
+        f"(step, number), lie between the thresholds that the method has (p/q to accept; the "
+        f"cumulative shares of p, of q, or of the residual max(0, p - q) to draw), so there should "
+        f"be one outcome, {made} (model's token, accepted drafts, last token, per step), but it is "
+        f"{low[i]} at one end and {high[i]} at the other: a draw or the rejection rule is off")
 
 
 def compare_texts(method, settings, parts, rows, outcomes):
-    """Raise AssertionError where the next token does not follow p: the text that is farthest off."""
+    """Raise AssertionError where the next token does not follow p: the text that is farthest
+    off."""
     reached = {}
     for (prompt, _, path), made in zip(rows, outcomes):
         text = tuple(sum(made, []))
@@ -179,9 +182,9 @@ def compare_texts(method, settings, parts, rows, outcomes):
                      f"distributed as {[round(s, 6) for s in shares]}, but the model says "
                      f"{[round(v, 6) for v in p]}")
     assert not worst[1], (
-        f"{worst[1]} (the text that is farthest off): the output does not follow the model. Either the "
-        f"rule is not that of Leviathan et al., or it was given another p or q than the drafts had, or "
-        f"the cache does not hold the text")
+        f"{worst[1]} (the text that is farthest off): the output does not follow the model. Either "
+        f"the rule is not that of Leviathan et al., or it was given another p or q than the drafts "
+        f"had, or the cache does not hold the text")
 
 
 def compare_drafts(method, rows, outcomes):
@@ -199,6 +202,6 @@ def compare_drafts(method, rows, outcomes):
     off = {key: abs(expected.get(key, 0) - got.get(key, 0)) for key in expected | got}
     worst = max(off, key=off.get, default=None)
     assert not off or off[worst] < TOLERANCE, (
-        f"{method}: after {list(worst[0])} the accepted drafts (and before them the model's token, of "
-        f"pass) {list(worst[1:])} come with probability {got.get(worst, 0):.6f}, but min(p, q) of the "
-        f"naive look-ahead gives {expected.get(worst, 0):.6f}: drafts are not drawn from its q")
+        f"{method}: after {list(worst[0])} the accepted drafts (and before them the model's token, "
+        f"of pass) {list(worst[1:])} come with probability {got.get(worst, 0):.6f}, but min(p, q) "
+        f"of the naive look-ahead gives {expected.get(worst, 0):.6f}: drafts are not drawn from its q")

@@ -1,5 +1,5 @@
-"""Planted bugs: each is a small patch of the real source, and each must be caught by an assertion of
-the check that is named beside it.
+"""Planted bugs: each is a small patch of the real source, and each must be caught by an assertion
+of the check that is named beside it.
 
     make mutants                                                # all of them: caught / planted
     .venv/bin/python tests/mutants.py "the ratio inverted"      # one
@@ -66,7 +66,7 @@ def mutant(breaks, check, module, *patches):
 RESIDUAL = "rest = (p - q).clamp(min=0)"
 ACCEPT = "accept = u[:, :-1] * q_draft < p_draft"
 LAST = "draw(residual(p_last, q_last), u[:, -1])"
-COMMIT = "cache.commit((1 + accepted) * s.alive)  # x_{n+1} and the accepted drafts"
+COMMIT = "cache.commit(kept * s.alive)"
 PASS_1 = "cache.commit(s.alive)  # x_n, and none of the look-ahead"
 VERIFY = "accepted, last = verify(p, q, drafts, u[:, 1 + L:])"
 SEES = "sees_memory = torch.arange(columns, device=x.device) >= T"
@@ -76,7 +76,8 @@ MUTANTS = {
         "a rejected draft is drawn anew from norm(max(0, p - q))", check_rule, "pass_sampler",
         RESIDUAL, "rest = p"),
     "residual of the absolute value": mutant(
-        "the residual is 0 where q > p", check_rule, "pass_sampler", RESIDUAL, "rest = (p - q).abs()"),
+        "the residual is 0 where q > p", check_rule, "pass_sampler",
+        RESIDUAL, "rest = (p - q).abs()"),
     "residual not clamped": mutant(
         "the residual is not negative", check_rule, "pass_sampler", RESIDUAL, "rest = p - q"),
     "residual clamped to a small positive number": mutant(
@@ -108,7 +109,7 @@ MUTANTS = {
     "q of the last draft subtracted from the bonus": mutant(
         "after L acceptances draw from p itself", check_rule, "pass_sampler",
         "F.pad(q, (0, 0, 0, 1))[rows", "torch.cat([q, q[:, -1:]], 1)[rows"),
-    "the bonus from the row before": mutant(
+    "the bonus from the place before": mutant(
         "after a acceptances draw from p_{a+1}", check_rule, "pass_sampler",
         "p_last = p[rows, accepted]", "p_last = p[rows, accepted.clamp(max=p.shape[1] - 2)]"),
     "one random number for accepting and drawing": mutant(
@@ -122,13 +123,15 @@ MUTANTS = {
         "temperature, then top-k, then top-p", check_probs, "pass_sampler",
         "    logits = logits / max(params.temperature, 1e-30)\n", "",
         "        p = p / p.sum(-1, keepdim=True)\n    return p\n",
-        "        p = p / p.sum(-1, keepdim=True)\n    p = p ** (1 / max(params.temperature, 1e-30))\n"
+        "        p = p / p.sum(-1, keepdim=True)\n"
+        "    p = p ** (1 / max(params.temperature, 1e-30))\n"
         "    return p / p.sum(-1, keepdim=True)\n"),
     "top-p without the token that crosses it": mutant(
         "top-p keeps the token that crosses the threshold", check_probs, "pass_sampler",
         "before = falling.cumsum(-1) - falling", "before = falling.cumsum(-1)"),
     "top-p not renormalised": mutant(
-        "p is a distribution", check_probs, "pass_sampler", "p = p / p.sum(-1, keepdim=True)", "pass"),
+        "p is a distribution", check_probs, "pass_sampler",
+        "p = p / p.sum(-1, keepdim=True)", "pass"),
     "top-k cuts ties by position": mutant(
         "what ties with the k-th token is kept", check_probs, "pass_sampler",
         "logits = logits.masked_fill(logits < least, -math.inf)",
@@ -165,7 +168,7 @@ MUTANTS = {
         PASS_1, "cache.commit(2 * s.alive)"),
     "a finished row commits": mutant(
         "a row that has ended stays where it is", check_ended_rows, "pass_sampler",
-        COMMIT, "cache.commit(1 + accepted)"),
+        COMMIT, "cache.commit(kept)"),
     "a finished row of fused commits": mutant(
         "a row that has ended stays where it is", check_ended_rows, "fused",
         "cache.commit((1 + accepted) * s.alive)", "cache.commit(1 + accepted)"),
@@ -176,7 +179,8 @@ MUTANTS = {
         "LA_j stands where x_{n+j} will", exact_pass, "pass_sampler",
         "return model(x, cache, positions, cache.mask",
         "positions = positions if visible is not None else cache.length[:, None] + torch.arange("
-        "columns) + (torch.arange(columns) >= T)\n        return model(x, cache, positions, cache.mask"),
+        "columns) + (torch.arange(columns) >= T)\n"
+        "        return model(x, cache, positions, cache.mask"),
     "look-ahead all at one position": mutant(
         "LA_j stands where x_{n+j} will", exact_pass, "pass_sampler",
         "return model(x, cache, positions, cache.mask",
@@ -211,13 +215,15 @@ MUTANTS = {
         "tokens.gather(1, count[:, None] - 1))\n        return", "tokens[:, :1])\n        return"),
     # The draft head
     "the head is given the first token throughout": mutant(
-        "each q is given the draft before it", exact_pass, "lookahead", "drafts[-1])", "drafts[0])"),
+        "each q is given the draft before it", exact_pass, "lookahead",
+        "drafts[-1])", "drafts[0])"),
     "drafts without the head": mutant(
         "the head corrects q", exact_pass, "lookahead",
         "z = best[:, j, None] + self.correction", "z = best[:, j, None] + 0 * self.correction"),
     "judged by a q without the head": mutant(
         "the rule is given the q of the drafts", exact_pass, "lookahead",
-        "return torch.cat(drafts[1:], 1), q", "return torch.cat(drafts[1:], 1), probs(logits, params)"),
+        "return torch.cat(drafts[1:], 1), q",
+        "return torch.cat(drafts[1:], 1), probs(logits, params)"),
     "one q for all drafts": mutant(
         "the rule is given the q of the drafts", exact_pass, "lookahead",
         "2, ids, torch.cat(q, 1))", "2, ids, torch.cat(q[:1] * len(q), 1))"),
@@ -309,8 +315,7 @@ MUTANTS = {
         "self.length += count", "self.length = self.length + count"),
     "the group rebinds its buffer": mutant(
         "what outlives a step is written in place", check_recordable, "fused",
-        "self.h.copy_(h[rows, columns])", "self.h = h[rows, columns]\n        "
-        "self.h.new_zeros(1).item()"),
+        "self.h.copy_(h[rows, columns])", "self.h = h[rows, columns]"),
     "x is rebound": mutant(
         "what outlives a step is written in place", check_recordable, "pass_sampler",
         "self.x.copy_(tokens.gather(1, count[:, None] - 1))\n        return",
@@ -328,7 +333,8 @@ MUTANTS = {
         "q = q.view(B, T, K, G, E).transpose(1, 2)",
         "q = q.view(B, T, G, K, E).transpose(2, 3).transpose(1, 2)"),
     "rotary pairs interleaved": mutant(
-        "x_i turns with x_{i+E/2}", check_model, "model", "qkv.roll(E // 2, -1)", "qkv.roll(1, -1)"),
+        "x_i turns with x_{i+E/2}", check_model, "model",
+        "qkv.roll(E // 2, -1)", "qkv.roll(1, -1)"),
     "rotary angles reversed": mutant(
         "(a, b) -> (a cos - b sin, b cos + a sin)", check_model, "model",
         "torch.cat([-angle.sin(), angle.sin()], -1)", "torch.cat([angle.sin(), -angle.sin()], -1)"),
@@ -336,7 +342,7 @@ MUTANTS = {
         "positions turn queries and keys only", check_model, "model",
         "F.pad(turning, (0, 0, 0, config.n_kv_heads))",
         "F.pad(turning, (0, 0, 0, config.n_kv_heads), value=0.1)"),
-    "norm without the model's epsilon": mutant(
+    "norm with another epsilon": mutant(
         "RMSNorm divides by sqrt(mean(x^2) + eps)", check_model, "model",
         "weight, self.config.norm_eps)", "weight, 0.1)"),
     "norm of the sum in place of the mean": mutant(
@@ -351,7 +357,8 @@ MUTANTS = {
         "gate, up = linear(y", "up, gate = linear(y"),
     "rows see as far as the longest": mutant(
         "a row sees its own committed columns", check_model, "model",
-        "(slot < self.length[:, None, None])", "(slot < self.length.max().expand(rows)[:, None, None])"),
+        "(slot < self.length[:, None, None])",
+        "(slot < self.length.max().expand(rows)[:, None, None])"),
     "committed one too many": mutant(
         "the cache holds what was committed", check_model, "model",
         "self.length += count", "self.length += count + 1"),
@@ -392,7 +399,8 @@ MUTANTS = {
         "cache.memory + 1 + places.repeat_interleave(L, 1)[:, :, None]"),
     "a weight of the frozen model moves": mutant(
         "the model is frozen", check_frozen, "train_lookahead",
-        "        optimizer.step()\n", "        optimizer.step()\n        model.norm.data += 1e-6\n"),
+        "        optimizer.step()\n",
+        "        optimizer.step()\n        model.norm.data += 1e-6\n"),
 }
 
 
@@ -426,9 +434,9 @@ def main():
             message, bug = None, bug._replace(breaks=f"{type(error).__name__}: {error}")
         survived += message is None
         first_line = (message or "").partition("\n")[0]
-        print(f"{'caught' if message is not None else 'NOT CAUGHT'}: {name} ({bug.module}: {bug.breaks}) "
-              f"by {bug.check.__name__}, {time.perf_counter() - start:.1f} s\n    {first_line}",
-              flush=True)
+        said = "NOT CAUGHT" if message is None else "caught"
+        print(f"{said}: {name} ({bug.module}: {bug.breaks}) by {bug.check.__name__}, "
+              f"{time.perf_counter() - start:.1f} s\n    {first_line}", flush=True)
     print(f"{len(names) - survived} caught / {len(names)} planted")
     sys.exit(1 if survived else 0)
 

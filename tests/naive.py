@@ -3,9 +3,9 @@ tensors, float64, plain loops. From the papers alone: LLaMA (arXiv 2302.13971), 
 grouped heads (2305.13245), PaSS (2311.13581), speculative sampling (2211.17192). Nothing here is
 shared with the code that it judges.
 
-First the model, then `probs`, then one step of each method as an algorithm. Where an algorithm takes
-a random number it says choose(i, weights): the outcome, an index into weights, that uniform number i
-decides. tests/exact.py runs every outcome.
+First the model, then `probs`, then one step of each method as an algorithm. Where an algorithm
+takes a random number it says choose(i, weights): the outcome, an index into weights, that uniform
+number i decides. tests/exact.py runs every outcome.
 """
 import math
 
@@ -110,7 +110,7 @@ class Model:
         positions of x_{n+1} .. x_{n+j}, and see the memory. With a head, the state of LA_j is
         corrected for the token before d_j: between is x_{n+1}, d_1 .. d_{j-1}.
         tokens None: the columns have not run, and their states are 0."""
-        key = None if tokens is None else tuple(tokens), tuple(between)
+        key = (None if tokens is None else tuple(tokens), tuple(between))
         if key not in self.known:
             self.known[key] = self._draft_logits(tokens, between)
         return self.known[key]
@@ -165,8 +165,8 @@ def accepts(p, q, draft, choose, i):
 
 
 def verify(p_after, drafts, q, choose, i):
-    """Leviathan et al., algorithm 1. p_after(kept): the target after the drafts kept. Uniforms i, i+1,
-    .. judge the drafts; the one after them makes the last draw."""
+    """Leviathan et al., algorithm 1. p_after(kept): the target after the drafts kept. Uniforms i,
+    i+1, .. judge the drafts; the one after them makes the last draw."""
     kept = []
     for draft, q_draft in zip(drafts, q):
         p = p_after(kept)
@@ -210,7 +210,8 @@ def draft_model(model, text, settings, choose, cold, L, small):
 
 
 def tree(model, text, settings, choose, cold, paths):
-    """Candidates are drawn one after the other, each from what is left of q; and judged so, of p."""
+    """Candidates are drawn one after the other, each from what is left of q; and judged so, of
+    p."""
     paths = sorted(paths, key=lambda path: (len(path), path))
     before = None if cold else text[:-1]
     token, q = {"": text[-1]}, {}
@@ -223,8 +224,7 @@ def tree(model, text, settings, choose, cold, paths):
         token[path] = choose(i, q[path])
     node, kept = "", []
     p = probs(model.next_logits(text), *settings)
-    for i in sorted(range(len(paths)), key=lambda i: (len(paths[i]), paths[i])):
-        path = paths[i]
+    for i, path in enumerate(paths):
         if path[:-1] != node:
             continue
         if accepts(p, q[path], token[path], choose, len(paths) + 1 + i):

@@ -3,10 +3,10 @@ tests, or the sampler, are wrong.
 
     make soak MINUTES=10        # or: python tests/soak.py 10
 
-A sampler that deviates less than one run can see shows in the end, since its p-values gather near 0:
-1,000 of them, about an hour, find at 1e-4 a distribution function that lies 0.12 from uniform, with a
-power of 99 %. Chi-square is approximate where cells are small, so such a finding is a reason to look,
-not a proof.
+A sampler that deviates less than one run can see shows in the end, since its p-values gather near
+0: 1,000 of them, about an hour, find at 1e-4 a distribution function that lies 0.12 from uniform,
+with a power of 99 %. Chi-square is approximate where cells are small, so such a finding is a
+reason to look, not a proof.
 """
 import math
 import random

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-import naive
 from beyond.tree import Shape, best_tree, choose
 from common import ALPHA, REAL, check_power, p_value, random_lookahead, tiny
 from exact import check_exact
@@ -32,7 +31,8 @@ def test_fused_step(settings):
 
 
 @pytest.mark.parametrize("parts, settings, L, steps", [
-    ((), (1.0,), 1, 2), (BOTH, (1.0,), 1, 2), (BOTH, (1.0, 2), 2, 2), (BOTH, (2.0, 2), 1, 3)], ids=str)
+    ((), (1.0,), 1, 2), (BOTH, (1.0,), 1, 2), (BOTH, (1.0, 2), 2, 2), (BOTH, (2.0, 2), 1, 3)],
+    ids=str)
 def test_steps_of_fused(parts, settings, L, steps):
     """From the second step on the drafts come from the group of the last accepted draft."""
     check_exact(REAL, "fused", settings, parts, L, steps)
@@ -50,7 +50,8 @@ def test_two_steps_of_a_tree(tree, settings):
     check_exact(REAL, "tree", (0.0,), BOTH, tree, steps=3)
 
 
-@pytest.mark.parametrize("settings, L, steps", [((1.0,), 2, 1), ((1.0, 2), 2, 2), ((1.5,), 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "settings, L, steps", [((1.0,), 2, 1), ((1.0, 2), 2, 2), ((1.5,), 1, 2)], ids=str)
 def test_steps_with_a_draft_model(settings, L, steps):
     check_exact(REAL, "draft-model", settings, (), L, steps)
 
@@ -63,8 +64,9 @@ THIRDS = [torch.tensor(c, dtype=torch.float64) / 3
 
 def first_token(code, p, q, candidates, twelfths, sixtieths):
     """Exact distribution (V,) of the first token, where `candidates` siblings were drawn from q
-    without replacement. p, q (V,) in thirds: all that decides is at a multiple of 1/12 (to accept) or
-    1/60 (the last draw). An order that runs out of tokens with q > 0 goes on with others, at q = 0."""
+    without replacement. p, q (V,) in thirds: all that decides is at a multiple of 1/12 (to
+    accept) or 1/60 (the last draw). An order that runs out of tokens with q > 0 goes on with
+    others, at q = 0."""
     V, total = len(p), 0
     shape = code.tree.Shape(" ".join(str(k) for k in range(candidates)), "cpu")
     u = torch.cartesian_prod(sixtieths, *[twelfths] * candidates).view(-1, 1 + candidates)
@@ -89,7 +91,8 @@ def first_token(code, p, q, candidates, twelfths, sixtieths):
 
 def check_rule_for_trees(code):
     for candidates, step in ((1, 1), (2, 1), (3, 3)):
-        for p, q, grids in itertools.product(THIRDS[::step], THIRDS[::step], zip(ends(12), ends(60))):
+        some, grid_pairs = THIRDS[::step], zip(ends(12), ends(60))
+        for p, q, grids in itertools.product(some, some, grid_pairs):
             got = first_token(code, p, q, candidates, *grids)
             assert torch.allclose(got, p, atol=1e-12), (
                 f"{candidates} candidates from q = {q.tolist()}: the output is distributed as "
@@ -197,12 +200,14 @@ def test_greedy_texts_are_those_of_plain_decoding(method):
 def test_a_draft_model_that_is_the_model_is_always_right():
     """Then q is p at every position, whatever was rejected before: both caches hold one text."""
     llama = tiny(30, dtype=torch.float32, context=256)
-    result = generate(llama, [[1], [2, 3, 4]], "draft-model", Params(0), 60, draft_model=llama, length=3)
+    words = {"draft_model": llama, "length": 3}
+    result = generate(llama, [[1], [2, 3, 4]], "draft-model", Params(0), 60, **words)
     assert result["accepted_by_position"] == [1, 1, 1] and result["passes"] == 15
 
 
 def check_groups(code):
-    """A group's states are those of a plain drafting pass after the text and the path to its node."""
+    """A group's states are those of a plain drafting pass after the text and the path to its
+    node."""
     llama = code.tiny(30)
     lookahead = code.random_lookahead(llama, 2).ready(llama)
     offset, visible = code.fused.layout([0, 0, 1], 2, "cpu")  # the tree "0 1 00"
@@ -221,7 +226,7 @@ def check_groups(code):
         expected = lookahead.forward(llama, torch.tensor([path[-1:]]), cache)
         group = torch.cat([h[:, node:node + 1], h[:, 4 + 2 * node:6 + 2 * node]], 1)
         assert torch.allclose(group, expected), (
-            f"node {node} or its look-ahead does not see just the path to it, its memory and itself")
+            f"node {node} or its look-ahead sees something else than the path to it and the memory")
 
 
 def test_groups_see_their_node_and_its_path_only():
@@ -230,8 +235,8 @@ def test_groups_see_their_node_and_its_path_only():
 
 # -------------------------------------------------- options
 
-@pytest.mark.parametrize("tree", ["1", "0 0", "0 2", "00", "a b", "", "0 1 10 11 101", "0 00 000 0000",
-                                  "\u00b2", "0 1 2 3 4 5"])
+@pytest.mark.parametrize("tree", [
+    "1", "0 0", "0 2", "00", "a b", "", "0 1 10 11 101", "0 00 000 0000", "\u00b2", "0 1 2 3 4 5"])
 def test_bad_trees(tree):
     llama = tiny(5)
     with pytest.raises(InputError, match="tree"):

@@ -28,8 +28,8 @@ def sampler(folder, method, device, graph=True, params=Params(0), rows=3):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_texts_are_those_of_the_cpu(method, folder):
-    """Greedy, in float32. Three times: run, recorded, replayed; with prompts of other lengths, fewer
-    rows and other seeds in between, none of which records anew."""
+    """Greedy, in float32. Three times: run, recorded, replayed; with prompts of other lengths,
+    fewer rows and other seeds in between, none of which records anew."""
     runs = [(PROMPTS, 40), (PROMPTS, 7), ([[3]], 20), (PROMPTS, 40)]
     texts = {}
     for device, graph in (("cpu", True), ("cuda", False), ("cuda", True)):
@@ -69,13 +69,15 @@ def test_the_rule_decides_as_on_the_cpu():
     assert decisions[0] == decisions[1]
 
 
-def test_trains_and_drafts(folder, data, tmp_path, capsys):
-    words = ["--model", folder, "--data", data, "--length", 2, "--memory", 3, "--head", 4, "--steps", 20,
-             "--from-model", 0, 1, "--texts", 64, "--batch", 32, "--device", "cuda"]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trains_and_drafts(dtype, folder, data, tmp_path, capsys):
+    words = ["--model", folder, "--data", data, "--length", 2, "--memory", 3, "--head", 4,
+             "--steps", 20, "--from-model", 0, 1, "--texts", 64, "--batch", 32, "--device", "cuda",
+             "--dtype", dtype]
     code, out, err = run_main(train_lookahead, capsys, *words, "--out", tmp_path / "file")
     assert code == 0 and "20 steps" in out, err
     for method in ("pass", "fused", "tree"):
         code, out, err = run_main(
-            pass_sampler, capsys, "--model", folder, "--lookahead", tmp_path / "file", "--device", "cuda",
-            "--dtype", "bfloat16", "--method", method)
+            pass_sampler, capsys, "--model", folder, "--lookahead", tmp_path / "file",
+            "--device", "cuda", "--dtype", dtype, "--method", method)
         assert code == 0 and err.startswith(method), err

@@ -191,3 +191,15 @@ def test_interrupted(name, folder, data, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and b"Traceback" not in err and not (tmp_path / "out").exists()
+
+
+def test_what_is_no_regular_file_stays_what_it_is(tmp_path):
+    """A symlink's target is written, a pipe is written to; neither is replaced by a file."""
+    (tmp_path / "target").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_tensors({"a": torch.zeros(2)}, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and load_file(tmp_path / "target")["a"].shape == (2,)
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    write_tensors({"a": torch.zeros(2)}, tmp_path / "pipe")
+    assert len(reader.communicate()[0]) > 8 and (tmp_path / "pipe").is_fifo()

@@ -15,7 +15,8 @@ from pass_sampler import Lookahead, generate
 
 @pytest.mark.parametrize("name", ["tied", "untied", "plain"])
 def test_equals_transformers(name):
-    """Grouped, single and plain key/value heads; llama3, linear and no rotary scaling; both spellings of config.json."""
+    """Grouped, single and plain key/value heads; llama3, linear and no rotary scaling; both
+    spellings of config.json."""
     model, expected = Llama.load(FIXTURE / name), load_file(FIXTURE / name / "expected.safetensors")
     B, T = expected["tokens"].shape
     h = model(expected["tokens"], Cache(model, B, T))
@@ -25,7 +26,8 @@ def test_equals_transformers(name):
 
 @pytest.mark.skipif(not packs("cpu"), reason="no FBGEMM here")
 def test_float16_weights_compute_in_float32():
-    """On an x86 CPU float16 is model.pack: only the weights are rounded, so float32 with rounded weights gives the same."""
+    """On an x86 CPU float16 is model.pack: only the weights are rounded, so float32 with rounded
+    weights gives the same."""
     tokens = torch.arange(20).view(2, 10)
     run = lambda model: model.logits(model(tokens, Cache(model, 2, 10)))
     packed, plain = Llama.load(FIXTURE / "untied", torch.float16), Llama.load(FIXTURE / "untied", torch.float32)
@@ -41,7 +43,8 @@ def test_float16_weights_compute_in_float32():
 
 
 def test_a_half_precision_checkpoint_runs_as_fast_as_the_machine_can(tmp_path):
-    """By default: float16 weights where `pack` can, else the checkpoint's own type; never so where the weights are to be read."""
+    """By default: float16 weights where `pack` can, else the checkpoint's own type; never so
+    where the weights are to be read."""
     shutil.copytree(FIXTURE / "plain", tmp_path / "half")
     config = json.loads((FIXTURE / "plain" / "config.json").read_text())
     (tmp_path / "half" / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
@@ -78,8 +81,8 @@ def test_block_by_block_equals_whole():
 
 
 def check_model(code):
-    """Logits against the naive model's: ragged rows; blocks that are committed in part, in full, along
-    a path, or not at all; a memory that nobody sees in the cache."""
+    """Logits against the naive model's: ragged rows; blocks that are committed in part, in full,
+    along a path, or not at all; a memory that nobody sees in the cache."""
     model = code.tiny(5, seed=2)
     cache = code.model.Cache(model, 2, 16).with_memory(code.random_lookahead(model, 1).memory)
     judge, texts = naive.Model(model), [[1, 2, 3, 4, 0], [4, 0]]
