@@ -34,7 +34,7 @@ from tqdm import tqdm
 from beyond.draft_model import load_draft_model
 from beyond.tree import best_of, choose, table_for
 from files import (
-    InputError, check_writable, device_named, load_tokenizer, read_json, run_script, write_file)
+    InputError, check_seed, check_writable, device_named, load_tokenizer, read_json, run_script, write_file)
 from model import DTYPES, Cache, Llama
 from pass_sampler import METHODS, Params, Sampler, load_lookahead, options_of
 from train_lookahead import PROMPT, evaluate, own_texts
@@ -542,6 +542,7 @@ def main():
         value = getattr(args, name, bound)
         if (min(value) if isinstance(value, list) else value) < bound:
             raise InputError(f"--{name.replace('_', '-')} must be at least {bound}")
+    check_seed(getattr(args, "seed", 0))
     for path in filter(None, (args.json, getattr(args, "plot", None))):
         check_writable(path)
     if getattr(args, "plot", None):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 from dataclasses import replace
@@ -24,13 +25,27 @@ class InputError(ValueError):
     """Bad input. `run_script` shows its text, which is one line, and exits with code 2."""
 
 
+# How PyTorch says that something does not fit.
+MEMORY = re.compile("memory|allocate|Storage size calculation overflowed", re.IGNORECASE)
+
+
 def run_script(main):
     """Run a script's main(): bad input is one line on stderr and exit code 2, Ctrl-C 130."""
+    if sys.stdout is None or sys.stderr is None:
+        sys.exit(2)  # closed: there is nowhere to say so
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what the terminal cannot show
     try:
         main()
         sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not MEMORY.search(str(error)):
+            raise
+        print(f"error: not enough memory: {str(error).splitlines()[0][:200] or 'ask for less'}",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -42,12 +57,26 @@ def run_script(main):
             sys.exit(2)
 
 
+def check_seed(seed):
+    """Raise InputError for a seed from which not all random numbers could be derived."""
+    if not 0 <= seed < 2**40:
+        raise InputError(f"seed must be 0 to 2**40 - 1, not {seed}")
+
+
+def check_number(name, value, largest):
+    """Raise InputError for what is not 1 to `largest`."""
+    if not 1 <= value <= largest:
+        raise InputError(f"{name} must be 1 to {largest}, not {value}")
+
+
 def device_named(name):
     """torch.device for --device."""
     try:
         device = torch.zeros(1, device=name).device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # a graph is recorded on the current one
+        elif device.type != "cpu":
+            raise RuntimeError
         return device
     except (RuntimeError, AssertionError):
         raise InputError(f"device {name!r} cannot be used here; --device cpu always can") from None
@@ -56,11 +85,25 @@ def device_named(name):
 # ----------------------------------------- reading, writing
 
 def read_json(path):
-    """The content of a JSON file."""
+    """The object, a dict, in a JSON file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+        raise InputError(f"cannot read {path}: {said(error, path)}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold one JSON object, not {str(content)[:40]!r}")
+    return content
+
+
+def said(error, path):
+    """What an error says, on one line; or that the file is what Git LFS leaves in place of one."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                return "it is a Git LFS pointer; fetch the file itself with: git lfs pull"
+    except OSError:
+        pass
+    return " ".join(str(error).split())
 
 
 def open_tensors(path):
@@ -70,7 +113,7 @@ def open_tensors(path):
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+        raise InputError(f"cannot read {path}: {said(error, path)}") from None
 
 
 def weight_files(folder):
@@ -78,8 +121,7 @@ def weight_files(folder):
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists() or not index.exists():
         return [folder / "model.safetensors"]
-    raw = read_json(index)
-    named = raw.get("weight_map") if isinstance(raw, dict) else None
+    named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
         raise InputError(f"{index} has no weight_map of tensors to files")
     return [folder / name for name in sorted(set(named.values()))]
@@ -127,9 +169,11 @@ def read_prompt(args):
     """The text to continue: standard input, --prompt-file or --prompt."""
     try:
         if args.stdin:
-            text = sys.stdin.buffer.read().decode()
+            if sys.stdin is None:
+                raise OSError("standard input is closed")
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
         elif args.prompt_file:
-            text = args.prompt_file.read_bytes().decode()
+            text = args.prompt_file.read_bytes().decode("utf-8-sig")
         else:
             text = args.prompt
         text.encode()  # a command line that is not UTF-8 fails here
@@ -242,18 +286,24 @@ class Tokenizer:
 def load_tokenizer(folder, vocab_size):
     """folder/tokenizer.model, or folder/tokenizer.json through the optional package `tokenizers`.
 
-    Raises InputError where it is missing, damaged, or larger than the model's vocabulary.
+    Raises InputError where it is missing, damaged, or larger than the model's vocabulary (but for
+    special tokens, which need not be used).
     """
     folder = Path(folder)
     config = folder / "tokenizer_config.json"
     config = read_json(config) if config.exists() else {}
-    if (folder / "tokenizer.model").exists():
-        tokenizer = from_sentencepiece(folder / "tokenizer.model", config)
-    elif (folder / "tokenizer.json").exists():
-        tokenizer = from_tokenizers(folder / "tokenizer.json", config)
-    else:
+    model, other = folder / "tokenizer.model", folder / "tokenizer.json"
+    if not model.exists() and not other.exists():
         raise InputError(f"{folder} has neither tokenizer.model nor tokenizer.json")
-    if len(tokenizer.pieces) > vocab_size:
+    tokenizer = None
+    if model.exists():
+        try:
+            tokenizer = from_sentencepiece(model, config)
+        except InputError:
+            if not other.exists():
+                raise
+    tokenizer = tokenizer or from_tokenizers(other, config)
+    if any(tokenizer.pieces[vocab_size:]):
         raise InputError(f"the tokenizer of {folder} has {len(tokenizer.pieces)} pieces and the "
                          f"model a vocabulary of {vocab_size}: they do not belong together")
     return tokenizer
@@ -261,17 +311,45 @@ def load_tokenizer(folder, vocab_size):
 
 def sentencepiece_bytes(piece):
     """The bytes of a sentencepiece: "<0x41>" is a byte, and a space is written as U+2581."""
-    if len(piece) == 6 and piece.startswith("<0x"):
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
         return bytes.fromhex(piece[3:5])
     return piece.replace("\u2581", " ").encode()
 
 
+def named_token(token):
+    """A token in tokenizer_config.json is a string, or an object with its content."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def added_tokens(folder, config):
+    """{content: (id, special)} of what stands beside a tokenizer.model, in added_tokens.json and in
+    tokenizer_config.json."""
+    listed = folder / "added_tokens.json"
+    named = ("bos_token", "eos_token", "unk_token", "pad_token")
+    special = {named_token(config.get(name)) for name in named}
+    found = {}
+    for content, i in (read_json(listed) if listed.exists() else {}).items():
+        found[content] = (i, content in special)
+    decoder = config.get("added_tokens_decoder")
+    for i, token in (decoder if isinstance(decoder, dict) else {}).items():
+        content = named_token(token)
+        if content and str(i).isdecimal():
+            found[content] = (int(i), isinstance(token, dict) and bool(token.get("special")))
+    for content, (i, _) in found.items():
+        if not content or type(i) is not int or not 0 <= i < 2**24:
+            raise InputError(f"{listed}: {content!r} has the id {i!r}, which is none")
+    return found
+
+
 def from_sentencepiece(path, config):
+    """tokenizer.model, and the tokens that were added to it."""
     from sentencepiece import SentencePieceProcessor
     try:
         sp = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+        raise InputError(f"cannot read {path}: {said(error, path)}") from None
     bos = []
     if config.get("add_bos_token", True) and sp.bos_id() >= 0:
         bos = [sp.bos_id()]
@@ -279,8 +357,22 @@ def from_sentencepiece(path, config):
     for i in range(sp.vocab_size()):
         silent = sp.is_control(i) or sp.is_unused(i)
         pieces.append(b"" if silent else sentencepiece_bytes(sp.id_to_piece(i)))
-    unk = sp.unk_id() if sp.unk_id() >= 0 else None
-    return Tokenizer(lambda text: bos + sp.encode(text), pieces, unk)
+    added = {}
+    for content, (i, special) in added_tokens(path.parent, config).items():
+        if i >= sp.vocab_size():
+            added[content] = i
+            pieces += [b""] * (i + 1 - len(pieces))
+            pieces[i] = b"" if special else content.encode()
+    longest_first = sorted(added, key=len, reverse=True)
+    split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def encode(text):
+        tokens = list(bos)
+        for part in split.split(text) if added else [text]:
+            tokens += [added[part]] if part in added else sp.encode(part)
+        return tokens
+
+    return Tokenizer(encode, pieces, sp.unk_id() if sp.unk_id() >= 0 else None)
 
 
 def byte_alphabet():
@@ -293,6 +385,7 @@ def byte_alphabet():
 
 
 def from_tokenizers(path, config):
+    """tokenizer.json, if it is of the kinds that LLaMAs have."""
     try:
         import tokenizers
     except ImportError:
@@ -301,9 +394,15 @@ def from_tokenizers(path, config):
     try:
         hf = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exception
-        raise InputError(f"cannot read {path}: {error}") from None
+        raise InputError(f"cannot read {path}: {said(error, path)}") from None
+    hf.no_truncation()  # the file may have stored them, for training
+    hf.no_padding()
     raw = json.loads(hf.to_str())
-    byte_level = "ByteLevel" in json.dumps(raw["decoder"])
+    decoder = json.dumps(raw["decoder"])
+    byte_level = "ByteLevel" in decoder
+    if not byte_level and "Metaspace" not in decoder and "\\u2581" not in decoder:
+        raise InputError(f"{path}: its decoder, {decoder[:60]}, is not supported, only ByteLevel "
+                         f"and Metaspace")
     alphabet = byte_alphabet()
     added = hf.get_added_tokens_decoder()
 
@@ -311,15 +410,16 @@ def from_tokenizers(path, config):
         piece = hf.id_to_token(i) or ""
         if i in added:
             return b"" if added[i].special else added[i].content.encode()
-        if byte_level:
+        if not byte_level:
+            return sentencepiece_bytes(piece)
+        if all(char in alphabet for char in piece):
             return bytes(alphabet[char] for char in piece)
-        return sentencepiece_bytes(piece)
+        return piece.encode()
 
-    unk = config.get("unk_token") or raw["model"].get("unk_token")
-    if isinstance(unk, dict):
-        unk = unk["content"]
+    ids = hf.get_vocab(with_added_tokens=True).values()
+    pieces = [to_bytes(i) for i in range(1 + max(ids, default=-1))]
+    unk = named_token(config.get("unk_token")) or named_token(raw["model"].get("unk_token"))
     unk = hf.token_to_id(unk) if unk else None
-    pieces = [to_bytes(i) for i in range(hf.get_vocab_size())]
     return Tokenizer(lambda text: hf.encode(text).ids, pieces, unk)
 
 
@@ -340,8 +440,8 @@ def read_lookahead(path, model, tokenizer, length=None):
     Raises InputError where they do not fit the model.
     """
     config = model.config
-    if length is not None and length < 1:
-        raise InputError(f"length must be at least 1, not {length}; or use --method autoregressive")
+    if length is not None:
+        check_number("length", length, 1024)
     if path == "mean":
         return {"embeddings": model.embedding.mean(0).repeat(length or 4, 1)}, {}
     if path == "unk":

@@ -12,7 +12,7 @@ Read `Config`, `Cache`, `Llama.forward`; then go on to pass_sampler.py.
 """
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ DTYPES = {
     "float16": torch.float16, "bfloat16": torch.bfloat16,
     "float32": torch.float32, "float64": torch.float64,
 }
+FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights in files
 # Kinds of rotary scaling, and the numbers that each needs.
 SCALINGS = {
     "default": (),
@@ -63,31 +64,33 @@ class Config:
         """Read folder/config.json. Raises InputError where that cannot be, or is not supported."""
         path = Path(folder) / "config.json"
         raw = read_json(path)
-        if not isinstance(raw, dict) or "model_type" not in raw:
+        if "model_type" not in raw:
             raise InputError(f"{path} has no model_type; expected the config.json of a LLaMA")
         for key, supported in ONLY.items():
-            if raw.get(key, supported) != supported:
+            if raw.get(key) is not None and raw[key] != supported:
                 raise InputError(f"{path}: {key} = {raw[key]!r} is not supported, only "
                                  f"{supported!r}")
 
-        def number(key, default=None, type_=int):
-            value = raw.get(key)
+        def number(key, default=None, type_=int, source=raw):
+            value = source.get(key)
             value = default if value is None else value
-            if type(value) not in (int, type_) or not 0 < value < 2**31:
+            largest = 2**31 if type_ is int else 1e30
+            if type(value) not in (int, type_) or not 0 < value < largest:
                 raise InputError(f"{path}: {key} must be a positive {type_.__name__}, not "
-                                 f"{value!r}")
+                                 f"{str(value)[:40]}")
             return type_(value)
 
-        # Rotary settings: `rope_theta` beside `rope_scaling`, or all in `rope_parameters`.
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        scaling = rope.get("rope_type", rope.get("type", "default"))
-        if scaling not in SCALINGS:
+        # Rotary settings, with the precedence of transformers: `rope_scaling`, else
+        # `rope_parameters`; in either `rope_theta`, else the one beside it.
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            raise InputError(f"{path}: rotary scaling must be an object, not {str(rope)[:40]!r}")
+        scaling = rope.get("rope_type") or rope.get("type") or "default"
+        if not isinstance(scaling, str) or scaling not in SCALINGS:
             raise InputError(f"{path}: rotary scaling {scaling!r} is not supported, only "
                              f"{', '.join(SCALINGS)}")
-        for key in SCALINGS[scaling]:
-            if not isinstance(rope.get(key), (int, float)) or rope[key] <= 0:
-                raise InputError(f"{path}: rotary scaling {scaling!r} needs a positive {key}")
-        raw.setdefault("rope_theta", rope.get("rope_theta"))
+        numbers = {key: number(key, None, float, rope) for key in SCALINGS[scaling]}
+        rope_theta = number("rope_theta", number("rope_theta", 10000.0, float), float, rope)
 
         n_heads = number("num_attention_heads")
         n_kv_heads = number("num_key_value_heads", n_heads)
@@ -97,7 +100,7 @@ class Config:
             raise InputError(f"{path}: {n_heads} heads must be a multiple of {n_kv_heads} "
                              f"key/value heads, and head_dim {head_dim} even")
         dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise InputError(f"{path}: dtype {dtype!r} is not supported, only {', '.join(DTYPES)}")
 
         # generation_config.json comes first, as in transformers.
@@ -120,8 +123,8 @@ class Config:
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
             norm_eps=number("rms_norm_eps", 1e-6, float),
-            rope_theta=number("rope_theta", 10000.0, float),
-            rope={"rope_type": scaling, **{key: float(rope[key]) for key in SCALINGS[scaling]}},
+            rope_theta=rope_theta,
+            rope={"rope_type": scaling, **numbers},
             context=number("max_position_embeddings", 2048),
             tied=bool(raw.get("tie_word_embeddings", False)),
             dtype=dtype,
@@ -401,18 +404,25 @@ class Llama(nn.Module):
         except RuntimeError as error:
             raise InputError(f"{folder}: a model of the sizes in config.json does not fit into "
                              f"memory: {str(error).splitlines()[0]}") from None
-        missing = model.named_weights()
+        missing, head = model.named_weights(), None
         for path in weight_files(folder):
             with open_tensors(path) as file:
                 for name in file.keys():
                     if name.endswith("rotary_emb.inv_freq"):
                         continue  # old checkpoints carry what is computed here
                     if config.tied and name == "lm_head.weight":
-                        continue  # it is the embedding
+                        head = torch.empty_like(model.embedding)
+                        copy_weight(head, file, name, path)
+                        continue
                     if name not in missing:
                         raise InputError(f"{path}: tensor {name} does not belong to this model, or "
                                          f"comes twice")
                     copy_weight(missing.pop(name), file, name, path)
+        if head is not None and missing.pop("model.embed_tokens.weight", None) is not None:
+            model.embedding.copy_(head)
+        elif head is not None and not torch.equal(head, model.embedding):
+            model.output = nn.Parameter(head)  # config.json is wrong: they are not tied
+            model.config = replace(config, tied=False)
         if missing:
             raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is "
                              f"{[*missing][0]}")
@@ -425,8 +435,8 @@ def copy_weight(target, file, name, path):
     """Copy tensor `name` of an open file to its place, where it must fit."""
     source = file.get_slice(name)
     found = f"{source.get_dtype()} {source.get_shape()}"
-    if source.get_shape() != list(target.shape) or source.get_dtype() not in ("F32", "F16", "BF16"):
-        raise InputError(f"{path}: {name} is {found}, expected F32, F16 or BF16 "
+    if source.get_shape() != list(target.shape) or source.get_dtype() not in FLOATS:
+        raise InputError(f"{path}: {name} is {found}, expected {' or '.join(FLOATS)} "
                          f"{list(target.shape)}")
     if not target.copy_(file.get_tensor(name)).isfinite().all():
         raise InputError(f"{path}: {name} has numbers that are not finite in {target.dtype}: "
@@ -448,7 +458,8 @@ def pack(model):
     """
     for module in (model, *model.layers):
         for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if weight.ndim == 2 and name != "embedding":
+            fits = weight.abs().max() < torch.finfo(torch.float16).max
+            if weight.ndim == 2 and name != "embedding" and fits:
                 delattr(module, name)
                 packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
                 setattr(module, name, packed)

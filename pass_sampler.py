@@ -448,6 +448,8 @@ def main():
     args = parser.parse_args()
     params = Params(**{f.name: getattr(args, f.name) for f in fields(Params)})
     text = files.read_prompt(args)
+    files.check_seed(args.seed)
+    files.check_number("samples", args.samples, 2**16)
     model = Llama.load(args.model, DTYPES.get(args.dtype), files.device_named(args.device))
     tokenizer = files.load_tokenizer(args.model, model.config.vocab_size)
     options = method_options(args, model, tokenizer)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from beyond.lookahead import LookaheadPlus
 from files import (
-    InputError, check_writable, device_named, fingerprint, load_tokenizer, open_tensors, run_script,
+    InputError, check_seed, check_writable, device_named, fingerprint, load_tokenizer, open_tensors, run_script,
     write_tensors)
 from model import DTYPES, Cache, Llama
 from pass_sampler import Params, Sampler, draw, load_lookahead, probs, residual
@@ -145,7 +145,7 @@ def read_data(tokenizer, paths, suffix):
         for file in tqdm(files, "reading", leave=False, disable=None):
             try:
                 content = file.read_bytes()
-                part.extend([] if b"\0" in content else tokenizer.encode(content.decode(errors="replace")))  # no text: left out
+                part.extend([] if b"\0" in content else tokenizer.encode(content.decode("utf-8-sig", errors="replace")))  # no text: left out
             except OSError as error:
                 raise InputError(f"cannot read {file}: {error}") from None
     if min(map(len, tokens)) <= TEXT:
@@ -355,8 +355,9 @@ def main():
     add("--dtype", choices=DTYPES, help="of the model (default: the checkpoint's own); the look-ahead trains in float32")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     args = parser.parse_args()
-    if not 1 <= args.length <= 64 or not 0 <= args.memory <= TEXT or args.head < 0 or args.batch < 1:
-        raise InputError(f"--length must be 1 to 64, --memory 0 to {TEXT}, --head not negative, --batch at least 1")
+    check_seed(args.seed)
+    if not 1 <= args.length <= 64 or not 0 <= args.memory <= TEXT or not 0 <= args.head <= 2**14 or args.batch < 1:
+        raise InputError(f"--length must be 1 to 64, --memory 0 to {TEXT}, --head 0 to {2**14}, --batch at least 1")
     for temperature in args.from_model or ():
         Params(temperature)
     if args.texts < len(args.from_model or [0]):
@@ -381,6 +382,8 @@ def main():
         raise InputError(f"the model's context of {model.config.context} tokens is shorter than the training texts of {TEXT}")
     tokenizer = load_tokenizer(args.model, model.config.vocab_size)
     pool, held = read_data(tokenizer, args.data, args.suffix)
+    if args.evaluate and dist.is_initialized() and dist.get_rank():
+        return  # one process is enough
     if args.evaluate:
         lookaheads = {spec: load_lookahead(spec, model, tokenizer) for spec in args.evaluate}
         texts = held_texts(model, held, args.seed)

@@ -7,7 +7,7 @@ The rule is the same `verify`. Both models must have the same tokenizer.
 """
 import torch
 
-from files import InputError, load_tokenizer
+from files import InputError, check_number, load_tokenizer
 from model import Llama
 from pass_sampler import Method, draw, ended_by, probs, verify
 
@@ -15,8 +15,7 @@ from pass_sampler import Method, draw, ended_by, probs, verify
 def method(s, draft_model, length=4):
     """L+1 passes of the draft model, the last for its cache, then one of the model."""
     L = length
-    if L < 1:
-        raise InputError(f"length must be at least 1, not {L}; or use --method autoregressive")
+    check_number("length", L, 1024)
     if draft_model.config.vocab_size != s.model.config.vocab_size:
         raise InputError(f"the draft model has a vocabulary of {draft_model.config.vocab_size}, "
                          f"the model one of {s.model.config.vocab_size}: they must be the same")

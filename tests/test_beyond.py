@@ -244,7 +244,7 @@ def test_bad_trees(tree):
 
 
 @pytest.mark.parametrize("vocab, context, length, says", [
-    (29, 64, 4, "vocabulary"), (30, 8, 4, "context of 8"), (30, 64, 0, "at least 1")])
+    (29, 64, 4, "vocabulary"), (30, 8, 4, "context of 8"), (30, 64, 0, "length must be 1 to")])
 def test_bad_draft_models(vocab, context, length, says):
     with pytest.raises(InputError, match=says):
         generate(tiny(30), [[1]], "draft-model", max_new_tokens=9, length=length,

@@ -97,10 +97,10 @@ FOLDER = object()  # stands for the fixture
     (["--top-p", "0"], "top-p above 0"),
     (["--top-p", "1.5"], "top-p above 0"),
     (["--max-new-tokens", "0"], "at least one"),
-    (["--samples", "0"], "at least one prompt"),
+    (["--samples", "0"], "samples must be 1 to"),
     (["--method", "draft-model"], "needs a draft_model"),
     (["--method", "draft-model", "--draft-model", "nowhere"], "no model folder nowhere"),
-    (["--method", "draft-model", "--draft-model", FOLDER, "--length", "0"], "at least 1"),
+    (["--method", "draft-model", "--draft-model", FOLDER, "--length", "0"], "must be 1 to"),
     (["--method", "tree", "--tree", "9" * 5000], "must be digits, and stand with"),
     (["--method", "tree", "--tree", "00"], "must be digits, and stand with"),
     (["--method", "tree", "--tree", "0", "--draft-model", FOLDER], "draft_model has no effect"),
@@ -148,7 +148,7 @@ def test_lookahead_file_is_used(folder, tmp_path, capsys):
     ("tokenizer.model", b"not a tokenizer", "tokenizer.model"),
     ("tokenizer.json", b"{}", "tokenizer.json"),
     ("config.json", b"{", "config.json"),
-    ("config.json", b"[]", "model_type"),
+    ("config.json", b"[]", "one JSON object"),
     ("model.safetensors", b"", "model.safetensors"),
 ])
 def test_bad_model_folders(file, content, says, folder, tmp_path, capsys):

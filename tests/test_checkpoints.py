@@ -1,0 +1,232 @@
+"""Folders as people have them: spellings of config.json, tokenizers, weights. Where a checkpoint is
+ambiguous, what transformers 5.24 does with it is right."""
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import pass_sampler
+from common import FIXTURE, ROOT, run_main, tiny, whole
+from files import InputError, load_tokenizer
+from model import Config, Llama, packs
+
+tokenizers = pytest.importorskip("tokenizers")
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
+
+
+def config(tmp_path, remove=(), **changes):
+    raw = json.loads((FIXTURE / "plain" / "config.json").read_text())
+    for key in ("rope_parameters", *remove):
+        raw.pop(key, None)
+    (tmp_path / "config.json").write_text(json.dumps(raw | changes))
+    return Config.load(tmp_path)
+
+
+# --------------------------------------------------- rotary keys
+
+@pytest.mark.parametrize("changes, theta, scaling", [
+    ({}, 1e4, "default"),
+    ({"rope_theta": 500}, 500, "default"),
+    ({"rope_theta": None}, 1e4, "default"),
+    ({"rope_theta": 100, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, "default"),
+    ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, "default"),
+    ({"rope_theta": 100, "rope_parameters": {"rope_type": "default"}}, 100, "default"),
+    ({"rope_theta": 100, "rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 7}}, 100, "llama3"),
+    ({"rope_scaling": LLAMA3 | {"rope_theta": 9}, "rope_parameters": None}, 9, "llama3"),
+    ({"rope_scaling": None, "rope_parameters": LLAMA3 | {"rope_theta": 9}}, 9, "llama3"),
+    ({"rope_scaling": {"type": "linear", "factor": 4}}, 1e4, "linear"),
+    ({"rope_theta": 3580165449.0}, 3580165449.0, "default"),
+    ({"partial_rotary_factor": None, "sliding_window": None}, 1e4, "default"),
+])
+def test_rotary_keys(changes, theta, scaling, tmp_path):
+    found = config(tmp_path, **changes)
+    assert found.rope_theta == theta and found.rope["rope_type"] == scaling
+
+
+@pytest.mark.parametrize("changes", [
+    {"rope_scaling": "linear"}, {"rope_scaling": [1]}, {"rope_scaling": {"rope_type": ["linear"]}},
+    {"rope_scaling": {"type": "linear", "factor": 10**400}}, {"torch_dtype": ["float16"], "dtype": None},
+    {"dtype": {"a": 1}}, {"rope_theta": 10**400}, {"rope_theta": True}, {"rope_parameters": {"rope_theta": "x"}},
+    {"eos_token_id": [[1]]}, {"hidden_size": 2**31}])
+def test_values_of_a_wrong_type(changes, tmp_path):
+    with pytest.raises(InputError, match="config.json"):
+        config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["null", "[]", "3", '"text"', "", "[" * 9999])
+def test_json_that_is_no_object(name, content, folder, tmp_path, capsys):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    (copy / name).write_text(content)
+    code, out, err = run_main(pass_sampler, capsys, "--model", copy)
+    assert code == 2 and name in err and err.count("\n") == 1
+
+
+# --------------------------------------------------- weights
+
+def test_a_tied_config_with_a_head_of_its_own(tmp_path):
+    """The head in the file is used where it differs; alone it stands for the embedding."""
+    shutil.copy(FIXTURE / "tied" / "config.json", tmp_path)
+    weights = load_file(FIXTURE / "tied" / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    load = lambda: Llama.load(tmp_path, torch.float32)
+    for head, tied in ((embedding.clone(), True), (embedding + 1, False)):
+        save_file(weights | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+        assert load().config.tied == tied and torch.equal(load().output, head)
+        assert torch.equal(load().embedding, embedding)
+    del weights["model.embed_tokens.weight"]
+    save_file(weights | {"lm_head.weight": embedding + 1}, tmp_path / "model.safetensors")
+    assert load().config.tied and torch.equal(load().embedding, embedding + 1)
+
+
+def test_float64_weights(tmp_path):
+    shutil.copy(FIXTURE / "plain" / "config.json", tmp_path)
+    weights = load_file(FIXTURE / "plain" / "model.safetensors")
+    save_file({name: w.double() for name, w in weights.items()}, tmp_path / "model.safetensors")
+    expected = whole(Llama.load(FIXTURE / "plain"), [1, 2, 3])
+    assert torch.equal(whole(Llama.load(tmp_path), [1, 2, 3]), expected)
+
+
+@pytest.mark.skipif(not packs("cpu"), reason="no FBGEMM here")
+@pytest.mark.parametrize("large", [7e4, 1e5, 3e38])
+def test_what_does_not_fit_float16_stays_float32(large, tmp_path):
+    raw = json.loads((FIXTURE / "untied" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"dtype": "bfloat16"}))
+    weights = load_file(FIXTURE / "untied" / "model.safetensors")
+    weights["lm_head.weight"][3], weights["lm_head.weight"][4] = large, large / 2
+    weights = {name: w.bfloat16() for name, w in weights.items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    packed = Llama.load(tmp_path)
+    assert torch.equal(packed.output, weights["lm_head.weight"].float())
+    assert not torch.is_tensor(packed.layers[0].qkv)
+
+
+def test_git_lfs_pointers(folder, tmp_path, capsys):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    for name in ("config.json", "tokenizer.model", "model.safetensors"):
+        copy = shutil.copytree(folder, tmp_path / name)
+        (copy / name).write_text(pointer)
+        code, _, err = run_main(pass_sampler, capsys, "--model", copy)
+        assert code == 2 and "Git LFS pointer" in err and err.count("\n") == 1
+
+
+# --------------------------------------------------- tokenizers
+
+def byte_level(tmp_path, **more):
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)} | more, []))
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = tokenizers.decoders.ByteLevel()
+    return hf
+
+
+@pytest.mark.parametrize("text", ["fox", "a longer text, longer than what is stored", ""])
+def test_stored_truncation_and_padding_do_not_act(text, tmp_path):
+    hf = byte_level(tmp_path)
+    for store in (lambda: hf.enable_truncation(8), lambda: hf.enable_padding(length=32)):
+        store()
+        hf.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = load_tokenizer(tmp_path, 320)
+        tokens = tokenizer.encode(text)
+        assert len(tokens) == len(text) and tokenizer.decode(tokens) == text
+
+
+def test_ids_beyond_the_number_of_entries_and_raw_entries(tmp_path):
+    hf = byte_level(tmp_path, **{"hello": 300, "\u65e5\u672c": 301})
+    hf.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path, 320)
+    assert tokenizer.decode([300, 301]) == "hello\u65e5\u672c" == hf.decode([300, 301])
+    with pytest.raises(InputError, match="do not belong together"):
+        load_tokenizer(tmp_path, 301)
+
+
+def test_special_tokens_that_the_model_does_not_have(tmp_path):
+    hf = byte_level(tmp_path)
+    hf.add_special_tokens(["<pad>"])
+    hf.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path, 256).encode("ab") == hf.encode("ab").ids
+
+
+@pytest.mark.parametrize("decoder", [None, tokenizers.decoders.BPEDecoder(),
+                                     tokenizers.decoders.WordPiece()], ids=str)
+def test_other_decoders_are_refused_by_name(decoder, tmp_path):
+    hf = tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0, "world": 1, "?": 2}, "?"))
+    if decoder is not None:
+        hf.decoder = decoder
+    hf.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="its decoder, .*, is not supported"):
+        load_tokenizer(tmp_path, 320)
+
+
+def test_byte_fallback_with_a_strange_entry(tmp_path):
+    vocabulary = {"<0x41>": 0, "<0xyz>": 1, "\u2581a": 2, "<unk>": 3}
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    part = tokenizers.decoders
+    hf.decoder = part.Sequence([part.Replace("\u2581", " "), part.ByteFallback(), part.Fuse()])
+    hf.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path, 320).decode([2, 0, 1]) == " aA<0xyz>" == hf.decode([2, 0, 1])
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_tokens_added_to_a_sentencepiece_model(special, folder, tmp_path):
+    """One token wherever it stands, and its text unless it is special."""
+    plain = load_tokenizer(folder, 320)
+    V = len(plain.pieces)
+    shutil.copy(folder / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": V}))
+    settings = {"eos_token": {"content": "<|im_start|>"}} if special else {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path, 321)
+    tokens = tokenizer.encode("a<|im_start|>b<|im_start|>")
+    assert tokens.count(V) == 2 and tokens[-1] == V and tokens[0] == plain.encode("")[0]
+    assert ("<|im_start|>" in tokenizer.decode(tokens)) != special
+
+
+@pytest.mark.parametrize("content", [b"", b"IQ== 0\nIg== 1\n", b"version https://git-lfs\n"], ids=str)
+def test_a_good_tokenizer_beside_a_bad_one(content, tmp_path):
+    byte_level(tmp_path).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    assert load_tokenizer(tmp_path, 320).encode("ab")
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="tokenizer.model"):
+        load_tokenizer(tmp_path, 320)
+
+
+# --------------------------------------------------- terminals and numbers
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_text_that_the_terminal_cannot_show(encoding, folder, tmp_path):
+    (tmp_path / "prompt").write_bytes(b"\xef\xbb\xbf" + "\u65e5\u672c \u2014 text".encode())
+    command = [sys.executable, ROOT / "pass_sampler.py", "--model", folder, "--prompt-file",
+               tmp_path / "prompt", "--max-new-tokens", "9", "--temperature", "5"]
+    result = subprocess.run(command, capture_output=True, env={"PYTHONIOENCODING": encoding})
+    assert result.returncode == 0 and b"9 tokens" in result.stderr, result.stderr
+
+
+def test_a_byte_order_mark_is_no_text(folder, tmp_path, capsys):
+    texts = []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "prompt").write_bytes(mark + b"import os")
+        words = ["--model", folder, "--prompt-file", tmp_path / "prompt", "--json"]
+        texts.append(json.loads(run_main(pass_sampler, capsys, *words)[1])["tokens"])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("words", [
+    ["--seed", 2**64], ["--seed", -1], ["--seed", 1732600000000000000], ["--samples", 10**8],
+    ["--length", 10**10], ["--device", "meta"], ["--max-new-tokens", -1]], ids=str)
+def test_numbers_and_devices_that_cannot_be(words, folder, capsys):
+    code, out, err = run_main(pass_sampler, capsys, "--model", folder, *words)
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_closed_streams(folder):
+    script = f"{sys.executable} {ROOT / 'pass_sampler.py'} --model {folder} --max-new-tokens 4"
+    for end in (">&-", "- <&-"):
+        result = subprocess.run(f"{script} {end}", shell=True, capture_output=True, text=True)
+        assert result.returncode == 2 and "Traceback" not in result.stderr
