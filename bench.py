@@ -499,7 +499,7 @@ def main():
         sub.set_defaults(function=function, picture=picture)
         add("--model", type=Path, required=True, help="folder of the model")
         add("--dtype", choices=DTYPES, nargs="+" if function is cost else None, help="default: as in pass_sampler.py")
-        add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+        add("--device", help="cpu or cuda (default: a GPU, if there is one)")
         add("--no-graph", action="store_true", help="on a GPU, do not record the steps")
         add("--json", type=Path, metavar="FILE", help="write the numbers there too")
         if picture:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import select
 import sys
 import tempfile
 from dataclasses import replace
@@ -69,8 +70,16 @@ def check_number(name, value, largest):
         raise InputError(f"{name} must be 1 to {largest}, not {value}")
 
 
+def refuse_idle(parser, args, names, why):
+    """Raise InputError for options among `names` that were given although they have no effect."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')} has no effect {why}")
+
+
 def device_named(name):
-    """torch.device for --device."""
+    """torch.device for --device; None is a GPU where there is one."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.zeros(1, device=name).device
         if device.type == "cuda":
@@ -165,17 +174,20 @@ def write_tensors(tensors, path, metadata=None):
 
 # -------------------------- options, prompts, text, figures
 
+DEFAULT_PROMPT = "def fibonacci(n):\n"
+
+
 def read_prompt(args):
-    """The text to continue: standard input, --prompt-file or --prompt."""
+    """The text to continue: standard input, --prompt-file, --prompt, or else what is piped in."""
     try:
-        if args.stdin:
+        if args.stdin or args.prompt is None and args.prompt_file is None and is_piped(sys.stdin):
             if sys.stdin is None:
                 raise OSError("standard input is closed")
             text = sys.stdin.buffer.read().decode("utf-8-sig")
-        elif args.prompt_file:
+        elif args.prompt_file is not None:
             text = args.prompt_file.read_bytes().decode("utf-8-sig")
         else:
-            text = args.prompt
+            text = DEFAULT_PROMPT if args.prompt is None else args.prompt
         text.encode()  # a command line that is not UTF-8 fails here
     except (OSError, UnicodeError) as error:
         raise InputError(f"cannot read the prompt: {error}") from None
@@ -183,6 +195,15 @@ def read_prompt(args):
         raise InputError("the prompt is empty; give --prompt TEXT, --prompt-file FILE, or - for "
                          "standard input")
     return text
+
+
+def is_piped(stream):
+    """Is there text on standard input that nobody typed?"""
+    try:
+        ready = not stream.isatty() and select.select([stream], [], [], 0)[0]
+        return bool(ready) and bool(stream.buffer.peek(1))
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 def check_options(method, options, known):
@@ -217,10 +238,17 @@ def check_prompts(prompts, max_new_tokens, config, rows=math.inf, context=math.i
                              f"model 0 to {config.vocab_size - 1}: is it the model's tokenizer?")
 
 
-def printer(tokenizer):
-    """An on_token function: writes row 0 as it is made, on a terminal accepted drafts in green."""
-    to_text = tokenizer.stream()
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+def has_colour():
+    """Is stdout a terminal that may be coloured?"""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def printer(tokenizer, prompt):
+    """An on_token function: writes row 0 as it is made. On a terminal the prompt stands before it,
+    and accepted drafts are green."""
+    to_text, colour = tokenizer.stream(), has_colour()
+    if sys.stdout.isatty():
+        print(f"\033[2m{prompt}\033[0m" if colour else prompt, end="", flush=True)
 
     def on_token(row, token, from_draft):
         text = to_text(token) if row == 0 else ""
@@ -240,7 +268,8 @@ def report(result, tokenizer, as_json):
     for i, text in enumerate(texts[1:], 1):
         print(f"\n--- sample {i}\n{text}", end="")
     print()
-    print(summary(result), file=sys.stderr)
+    legend = "; green: accepted drafts" if has_colour() else ""
+    print(summary(result) + legend, file=sys.stderr)
 
 
 def summary(result):
@@ -248,8 +277,8 @@ def summary(result):
     tokens = sum(map(len, result["tokens"]))
     seconds = result["seconds"] - result["capture_seconds"]
     shares = " ".join(f"{share:.2f}" for share in result["accepted_by_position"])
-    return (f"{result['method']}: {tokens} tokens, {result['passes']} passes, "
-            f"{result['tokens_per_pass']:.2f} tokens per pass, "
+    return (f"{result['method']} on {result['device']}: {tokens} tokens, "
+            f"{result['passes']} passes, {result['tokens_per_pass']:.2f} tokens per pass, "
             f"{'accepted by position ' + shares + ', ' if shares else ''}{seconds:.2f} s "
             f"({result['prefill_seconds']:.2f} s of it prefill), "
             f"{tokens / seconds:.1f} tokens/s")

@@ -13,7 +13,7 @@ import importlib
 import inspect
 import math
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -31,9 +31,9 @@ from model import DTYPES, Cache, Llama
 class Params:
     """Sampling parameters. To add one: a field here, a line in `probs`; for the proof a line in
     tests/naive.py, and a value in SETTINGS of tests/test_equivalence.py."""
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
-    top_k: int = field(default=0, metadata={"help": "keep the k most likely tokens; 0 is off"})
-    top_p: float = field(default=1.0, metadata={"help": "keep this share of p; 1 is off"})
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0  # 1 is off
 
     def __post_init__(self):
         if not (0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
@@ -250,9 +250,8 @@ class Sampler:
 
     def __init__(self, model, method="pass", params=Params(), rows=1, context=None, graph=True,
                  **options):
-        """rows: prompts at once, at most. context: tokens of a text with its prompt, at most (None:
-        the model's; on a GPU each step attends to so many slots). graph: on a GPU, record the step.
-        options: those of the method."""
+        """rows: prompts at once, at most. context: tokens of a text with its prompt, at most; None is
+        the model's, but on a GPU each step reads so many slots. graph: on a GPU, record the step."""
         files.check_options(method, options, options_of(method))
         device = model.embedding.device
         self.model, self.name, self.params, self.rows = model, method, params, rows
@@ -310,8 +309,8 @@ class Sampler:
         return torch.cat([tokens, count[:, None], self.finite[:, None]], 1)
 
     def next_step(self):
-        """`advance` with new uniforms. A GPU runs it once, then records it as a CUDA graph, which
-        it replays from then on, whatever the prompts and the seed."""
+        """`advance` with new uniforms. A GPU runs it once, records it as a CUDA graph, and replays
+        that from then on, whatever the prompts and the seed."""
         self.u.uniform_(generator=self.generator)
         if self.records and self.result is not None and self.recorded is None:
             start, graph = time.perf_counter(), torch.cuda.CUDAGraph()
@@ -378,8 +377,8 @@ class Sampler:
         passes = steps * self.method.passes
         kept = [sum(a > i for a in accepted) for i in range(self.method.drafts)]
         return {
-            "method": self.name, "tokens": texts, "from_draft": from_draft, "stop_reason": ending,
-            "passes": passes,
+            "method": self.name, "device": str(self.x.device), "passes": passes,
+            "tokens": texts, "from_draft": from_draft, "stop_reason": ending,
             "accepted_by_position": [round(n / len(accepted), 4) for n in kept],
             "tokens_per_pass": round(sum(map(len, texts)) / len(texts) / passes, 4),
             "seconds": time.perf_counter() - start,
@@ -399,7 +398,7 @@ def generate(model, prompts, method="pass", params=Params(), max_new_tokens=128,
 # --------------------------------------------- command line
 
 def load_lookahead(spec, model, tokenizer, length=None):
-    """The Lookahead of a file; or, untrained, "unk", the embedding of the unknown token, or "mean",
+    """The Lookahead of a file; or, untrained, "unk", the unknown token's embedding, or "mean", that
     of all tokens. length: L (None: all of the file, or 4)."""
     tensors, acceptance = files.read_lookahead(spec, model, tokenizer, length)
     if len(tensors) == 1:
@@ -428,7 +427,7 @@ def main():
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder of a Hugging Face LLaMA")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", default="def fibonacci(n):", help="(default: %(default)s)")
+    source.add_argument("--prompt", help="text to continue")
     source.add_argument("--prompt-file", type=Path)
     source.add_argument("stdin", nargs="?", choices=["-"], help="read standard input")
     add("--method", choices=METHODS, default="pass", help="(default: pass, PaSS)")
@@ -437,12 +436,13 @@ def main():
     add("--tree", help="of method tree, such as \"0 1 00\"")
     add("--draft-model", type=Path, metavar="DIR", help="of method draft-model")
     for f in fields(Params):
-        add(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default, **f.metadata)
+        add(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default,
+            help="(default: %(default)s, which is greedy or off)")
     add("--max-new-tokens", type=int, default=128)
     add("--samples", type=int, default=1, help="independent texts, in one batch")
     add("--seed", type=int, default=0)
     add("--dtype", choices=DTYPES)
-    add("--device", default="cpu", help="cpu (default) or cuda")
+    add("--device", help="cpu or cuda (default: a GPU, if there is one)")
     add("--no-graph", action="store_true", help="do not record the step, on a GPU")
     add("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -454,7 +454,7 @@ def main():
     tokenizer = files.load_tokenizer(args.model, model.config.vocab_size)
     options = method_options(args, model, tokenizer)
     prompts = [tokenizer.encode(text)] * args.samples
-    show = None if args.json else files.printer(tokenizer)
+    show = None if args.json else files.printer(tokenizer, text)
     result = generate(model, prompts, args.method, params, args.max_new_tokens, args.seed,
                       show, not args.no_graph, **options)
     files.report(result, tokenizer, args.json)

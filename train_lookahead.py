@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from beyond.lookahead import LookaheadPlus
 from files import (
-    InputError, check_seed, check_writable, device_named, fingerprint, load_tokenizer, open_tensors, run_script,
-    write_tensors)
+    InputError, check_seed, check_writable, device_named, fingerprint, load_tokenizer, open_tensors,
+    refuse_idle, run_script, write_tensors)
 from model import DTYPES, Cache, Llama
 from pass_sampler import Params, Sampler, draw, load_lookahead, probs, residual
 
@@ -281,8 +281,9 @@ def train(args, model, pool, held, settings):
 
     bar = tqdm(total=args.steps or round(args.minutes * 60), initial=step if args.steps else round(spent), disable=rank > 0,
                unit="step" if args.steps else "s", smoothing=0, mininterval=1 if sys.stderr.isatty() else 60)
-    if args.resume and not step and rank == 0:
-        tqdm.write("there is nothing to resume: beginning anew", file=sys.stderr)
+    if args.resume and rank == 0:
+        tqdm.write(f"going on from step {step}" if step else "there is nothing to resume: beginning anew",
+                   file=sys.stderr)
     every = EVALUATION_SECONDS if args.steps else min(EVALUATION_SECONDS, 15 * args.minutes)  # a short run: four times
     saved_at, measured_at, accept, read = spent, -math.inf, None, None
     mine = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
@@ -353,7 +354,7 @@ def main():
         "positions 100, 1000 and 3000")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--dtype", choices=DTYPES, help="of the model (default: the checkpoint's own); the look-ahead trains in float32")
-    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("--device", help="cpu or cuda (default: a GPU, if there is one)")
     args = parser.parse_args()
     check_seed(args.seed)
     if not 1 <= args.length <= 64 or not 0 <= args.memory <= TEXT or not 0 <= args.head <= 2**14 or args.batch < 1:
@@ -368,13 +369,18 @@ def main():
         raise InputError("give --out FILE to train, or --evaluate FILE to measure")
     if args.out:
         check_writable(args.out)
+    if args.from_model is None:
+        refuse_idle(parser, args, ["texts"], "without --from-model")
+    if args.evaluate:
+        idle = ("from_model", "batch", "length", "memory", "head", "objective", "steps", "minutes", "resume")
+        refuse_idle(parser, args, idle, "with --evaluate")
     if dist.is_torchelastic_launched():
         if not args.steps:
             raise InputError("under torchrun give --steps: processes that stop by the clock would not stop together")
-        if args.device == "cuda":
+        if args.device == "cuda" or args.device is None and torch.cuda.is_available():
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if (args.device or "cpu").startswith("cuda") else "gloo")
         if args.batch % dist.get_world_size():
             raise InputError(f"{dist.get_world_size()} processes cannot share --batch {args.batch} texts evenly")
     model = Llama.load(args.model, DTYPES.get(args.dtype), device_named(args.device), packed=False)
@@ -405,7 +411,16 @@ def main():
         n = args.texts // len(args.from_model)
         pool = torch.cat([own_texts(model, some_prompts(pool, n, args.seed + i), t, args.seed + i, TEXT, 16 * args.batch)
                           for i, t in enumerate(args.from_model, 1)])
-    train(args, model, pool, held, settings)
+    try:
+        train(args, model, pool, held, settings)
+    except KeyboardInterrupt:
+        checkpoint = args.out.with_name(args.out.name + ".checkpoint")
+        saved = "nothing is saved yet"
+        if checkpoint.exists():
+            step = read_checkpoint(checkpoint, settings)[0]["step"]
+            saved = f"{checkpoint} has step {step}: go on with the same command and --resume"
+        tqdm.write(f"\nstopped; {saved}", file=sys.stderr)
+        raise
     if dist.is_initialized():
         dist.barrier()  # the first process still evaluates and writes
         dist.destroy_process_group()

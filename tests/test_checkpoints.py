@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pass_sampler
+import train_lookahead
 from common import FIXTURE, ROOT, run_main, tiny, whole
 from files import InputError, load_tokenizer
 from model import Config, Llama, packs
@@ -223,6 +224,28 @@ def test_a_byte_order_mark_is_no_text(folder, tmp_path, capsys):
 def test_numbers_and_devices_that_cannot_be(words, folder, capsys):
     code, out, err = run_main(pass_sampler, capsys, "--model", folder, *words)
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_piped_text_is_read(folder):
+    """Without `-` too, unless a prompt is named."""
+    command = [sys.executable, ROOT / "pass_sampler.py", "--model", folder, "--max-new-tokens", "3",
+               "--json"]
+    tokens = []
+    for words, piped in (([], b"import os"), (["-"], b"import os"), (["--prompt", "import os"], b"x")):
+        run = subprocess.run([*command, *words], input=piped, capture_output=True, check=True)
+        tokens.append(json.loads(run.stdout)["tokens"])
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_options_without_effect(folder, data, tmp_path, capsys):
+    words = ["--model", folder, "--data", data]
+    for more, name in (
+            (["--out", tmp_path / "out", "--texts", 9], "--texts"),
+            (["--evaluate", "mean", "--steps", 3], "--steps"),
+            (["--evaluate", "mean", "--resume"], "--resume"),
+            (["--evaluate", "mean", "--objective", "ce"], "--objective")):
+        code, out, err = run_main(train_lookahead, capsys, *words, *more)
+        assert code == 2 and f"{name} has no effect" in err and err.count("\n") == 1
 
 
 def test_closed_streams(folder):

@@ -32,7 +32,7 @@ def test_stream_and_summary(folder, capsys):
     _, out, err = call(capsys, *words)
     _, as_json, _ = call(capsys, *words, "--json")
     assert out == json.loads(as_json)["text"][0] + "\n" and "\033" not in out
-    assert err.startswith("pass: 30 tokens, ") and "tokens per pass, accepted by position" in err
+    assert err.startswith("pass on cpu: 30 tokens, ") and "tokens per pass, accepted by position" in err
     assert err.count("\n") == 1
     _, out, err = call(capsys, *words, "--lookahead", "unk", "--samples", 2)
     assert "\n--- sample 1\n" in out
@@ -55,14 +55,19 @@ def test_all_methods(folder, tmp_path, capsys):
     assert code == 2 and "is not that of the model" in err
 
 
-def test_accepted_drafts_stand_out_on_a_terminal(folder, capsys, monkeypatch):
+def test_on_a_terminal(folder, capsys, monkeypatch):
+    """The prompt stands before the text, accepted drafts are green, and a legend says so."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     words = ["--model", folder, "--prompt", "import", "--max-new-tokens", 40, "--temperature", 1]
-    _, out, _ = call(capsys, *words)
-    assert "\033[32m" in out
+    _, out, err = call(capsys, *words)
+    assert "\033[32m" in out and out.startswith("\033[2mimport\033[0m")
+    assert "green: accepted drafts" in err
     monkeypatch.setenv("NO_COLOR", "1")
-    assert call(capsys, *words)[1] == out.replace("\033[32m", "").replace("\033[0m", "")
+    _, plain, err = call(capsys, *words)
+    for code in ("\033[32m", "\033[2m", "\033[0m"):
+        out = out.replace(code, "")
+    assert plain == out and "green" not in err
 
 
 def test_prompt_from_file_and_standard_input(folder, tmp_path, capsys):
