@@ -118,7 +118,7 @@ def said(error, path):
 def open_tensors(path):
     """An open safetensors file."""
     if Path(path).is_dir():
-        raise InputError(f"{path} is a folder, and should be a safetensors file")
+        raise InputError(f"{str(path)!r} is a folder, and should be a safetensors file")
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -265,7 +265,7 @@ def report(result, tokenizer, as_json):
     if as_json:
         print(json.dumps(result | {"text": texts}))
         return
-    for i, text in enumerate(texts[1:], 1):
+    for i, text in enumerate(texts[1:], 2):
         print(f"\n--- sample {i}\n{text}", end="")
     print()
     legend = "; green: accepted drafts" if has_colour() else ""
@@ -276,9 +276,10 @@ def summary(result):
     """A line of figures. Recording a graph is not counted in the speed."""
     tokens = sum(map(len, result["tokens"]))
     seconds = result["seconds"] - result["capture_seconds"]
+    each = " and text" if len(result["tokens"]) > 1 else ""
     shares = " ".join(f"{share:.2f}" for share in result["accepted_by_position"])
     return (f"{result['method']} on {result['device']}: {tokens} tokens, "
-            f"{result['passes']} passes, {result['tokens_per_pass']:.2f} tokens per pass, "
+            f"{result['passes']} passes, {result['tokens_per_pass']:.2f} tokens per pass{each}, "
             f"{'accepted by position ' + shares + ', ' if shares else ''}{seconds:.2f} s "
             f"({result['prefill_seconds']:.2f} s of it prefill), "
             f"{tokens / seconds:.1f} tokens/s")
@@ -470,7 +471,7 @@ def read_lookahead(path, model, tokenizer, length=None):
     """
     config = model.config
     if length is not None:
-        check_number("length", length, 1024)
+        check_number("length", length, 64)
     if path == "mean":
         return {"embeddings": model.embedding.mean(0).repeat(length or 4, 1)}, {}
     if path == "unk":

@@ -29,8 +29,8 @@ from model import DTYPES, Cache, Llama
 
 @dataclass(frozen=True)
 class Params:
-    """Sampling parameters. To add one: a field here, a line in `probs`; for the proof a line in
-    tests/naive.py, and a value in SETTINGS of tests/test_equivalence.py."""
+    """Sampling parameters. To add one: a field here, its range below, a line in `probs`; for the
+    proof a line in tests/naive.py, values in PARAMS and SETTINGS of tests/test_equivalence.py."""
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # 0 is off
     top_p: float = 1.0  # 1 is off
@@ -161,8 +161,9 @@ class Method(NamedTuple):
     """
     step: Callable
     uniforms: int
-    drafts: int = 0  # per step
+    drafts: int = 0  # per step; they stand in `tokens` just before the last token
     passes: int = 1  # of the model, per step
+    start: Callable = None  # start(tokens (B,n), lengths (B,)) is told the prompts
 
 
 def autoregressive(s):
@@ -250,8 +251,8 @@ class Sampler:
 
     def __init__(self, model, method="pass", params=Params(), rows=1, context=None, graph=True,
                  **options):
-        """rows: prompts at once, at most. context: tokens of a text with its prompt, at most; None is
-        the model's, but on a GPU each step reads so many slots. graph: on a GPU, record the step."""
+        """rows: prompts at once, at most. context: tokens of a text and its prompt (None: as the
+        model's; a GPU reads so many slots per step). graph: whether a GPU records the step."""
         files.check_options(method, options, options_of(method))
         device = model.embedding.device
         self.model, self.name, self.params, self.rows = model, method, params, rows
@@ -294,6 +295,8 @@ class Sampler:
         self.finite.fill_(True)
         for buffer in self.buffers:
             buffer.zero_()
+        if self.method.start is not None:
+            self.method.start(tokens, lengths)
         for model, cache in self.caches:
             cache.length.zero_()
             width = max(1, PREFILL // self.rows)
@@ -331,9 +334,8 @@ class Sampler:
         on_token(row, token, from_draft) is called for each token as it is made. stop_tokens: ids
         that end a text (None: the model's). The same seed, rows and machine give the same text.
         Returns a dict: tokens and from_draft, lists per row; stop_reason per row ("stop", "length",
-        "context"); passes of the model, prefill apart; accepted_by_position, the share of steps
-        that kept d_1, that kept d_1 and d_2, ..; tokens_per_pass of a row; seconds, of which are
-        prefill_seconds and capture_seconds.
+        "context"); passes, prefill apart; accepted_by_position, the share of steps that kept d_1,
+        d_1 and d_2, ..; tokens_per_pass of a row; seconds, with prefill_ and capture_seconds.
         """
         c = self.model.config
         files.check_prompts(prompts, max_new_tokens, c, self.rows, self.context)

@@ -15,7 +15,7 @@ from pass_sampler import Method, draw, ended_by, probs, verify
 def method(s, draft_model, length=4):
     """L+1 passes of the draft model, the last for its cache, then one of the model."""
     L = length
-    check_number("length", L, 1024)
+    check_number("length", L, 64)
     if draft_model.config.vocab_size != s.model.config.vocab_size:
         raise InputError(f"the draft model has a vocabulary of {draft_model.config.vocab_size}, "
                          f"the model one of {s.model.config.vocab_size}: they must be the same")

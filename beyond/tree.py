@@ -3,8 +3,8 @@
 
     python pass_sampler.py --model DIR --lookahead FILE --method tree --tree "0 1 00"
 
-A tree is written as paths of ranks: "0" and "1" are the first and the second candidate for the
-next token, "00" the first one for the token after "0". The block is that of fused.py with these
+A tree is written as paths of ranks, a digit each: "0" and "1" are the first and the second candidate
+for the next token, "00" the first one for the token after "0". The block is that of fused.py with these
 nodes in place of a chain. `choose` finds a tree for a machine.
 
 Why it is exact: candidates for one position are tried one after the other. Each is accepted with

@@ -17,8 +17,8 @@ import torch
 
 import naive
 from common import ALPHA, REAL, check_power, p_value, random_lookahead, tiny
-from exact import check_exact
-from pass_sampler import Lookahead, Params, Sampler, draw, generate, probs
+from exact import algorithm, check_exact
+from pass_sampler import METHODS, Lookahead, Params, Sampler, draw, generate, probs
 
 # ------------------------------------ 1. the rejection rule
 
@@ -81,7 +81,8 @@ def check_rule(code, cases=ONE + TWO):
                     worst = (off, f"in the place {where}, after {list(before)}, the output is "
                              f"distributed as {share}, but the target is p = {p[i].tolist()} (all "
                              f"p: {p.tolist()}, all q: {q.tolist()})")
-    assert not worst[1], f"{worst[1]}: the rejection rule of Leviathan et al. is broken"
+    if worst[1]:
+        raise AssertionError(f"{worst[1]}: the rejection rule of Leviathan et al. is broken")
 
 
 def test_rule_is_exact():
@@ -98,7 +99,9 @@ def check_zeros(code):
     for u, draft in itertools.product(itertools.product((0, 1 - 2**-53), repeat=2), range(3)):
         accepted, last = code.pass_sampler.verify(
             p, q, torch.tensor([[draft]]), torch.tensor([u], dtype=torch.float64))
-        assert not accepted or p[0, 0, draft] > 0, f"u = {u}: a draft of p = 0 was kept"
+        assert not accepted or p[0, 0, draft] > 0, (
+            f"u = {u}: a draft of p = 0 was kept, but accept while u < p/q (Leviathan et al.) says "
+            f"never")
         allowed = p[0, 1] if accepted else (p[0, 0] - q[0, 0]).clamp(min=0)
         assert allowed[last] > 0, f"u = {u}: token {last.item()} came out, of residual 0"
 
@@ -169,6 +172,12 @@ def test_pass_step(settings, L):
 def test_two_steps_of_pass(L, settings):
     """The second finds what the first left: cache, x, and nothing of what was rejected."""
     check_exact(REAL, "pass", settings, shape=L, steps=2)
+
+
+def test_every_method_has_an_algorithm():
+    """So that none goes without a proof: `check_exact` compares with tests/naive.py."""
+    for method in METHODS:
+        assert algorithm(method, ("memory", "head"), "0" if method == "tree" else 1)
 
 
 def test_random_lookaheads_are_of_use():
