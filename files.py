@@ -1,4 +1,4 @@
-"""What the scripts read and write: prompts, JSON, safetensors, tokenizers; and how they fail.
+"""What the scripts read and write: prompts, files, folders, tokenizers; and how they fail.
 
 A reader of the method can skip this file. Bad input raises InputError, whose text is one line that
 names the cause and the remedy. Output is written whole or not at all.
@@ -283,6 +283,97 @@ def summary(result):
             f"{'accepted by position ' + shares + ', ' if shares else ''}{seconds:.2f} s "
             f"({result['prefill_seconds']:.2f} s of it prefill), "
             f"{tokens / seconds:.1f} tokens/s")
+
+
+# ------------------------------------------------- config.json
+
+# What model.py computes. A checkpoint that wants anything else is refused by name.
+ONLY = {
+    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "sliding_window": None, "quantization_config": None, "partial_rotary_factor": 1.0,
+}
+DTYPES = {
+    "float16": torch.float16, "bfloat16": torch.bfloat16,
+    "float32": torch.float32, "float64": torch.float64,
+}
+# Kinds of rotary scaling, and the numbers that each needs.
+SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def read_config(folder):
+    """The fields of model.Config, a dict, from folder/config.json and generation_config.json."""
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    if "model_type" not in raw:
+        raise InputError(f"{path} has no model_type; expected the config.json of a LLaMA")
+    for key, supported in ONLY.items():
+        if raw.get(key) is not None and raw[key] != supported:
+            raise InputError(f"{path}: {key} = {raw[key]!r} is not supported, only "
+                             f"{supported!r}")
+
+    def number(key, default=None, type_=int, source=raw):
+        value = source.get(key)
+        value = default if value is None else value
+        largest = 2**31 if type_ is int else 1e30
+        if type(value) not in (int, type_) or not 0 < value < largest:
+            raise InputError(f"{path}: {key} must be a positive {type_.__name__}, not "
+                             f"{str(value)[:40]}")
+        return type_(value)
+
+    # Rotary settings, with the precedence of transformers: `rope_scaling`, else
+    # `rope_parameters`; in either `rope_theta`, else the one beside it.
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: rotary scaling must be an object, not {str(rope)[:40]!r}")
+    scaling = rope.get("rope_type") or rope.get("type") or "default"
+    if not isinstance(scaling, str) or scaling not in SCALINGS:
+        raise InputError(f"{path}: rotary scaling {scaling!r} is not supported, only "
+                         f"{', '.join(SCALINGS)}")
+    numbers = {key: number(key, None, float, rope) for key in SCALINGS[scaling]}
+    rope_theta = number("rope_theta", number("rope_theta", 10000.0, float), float, rope)
+
+    n_heads = number("num_attention_heads")
+    n_kv_heads = number("num_key_value_heads", n_heads)
+    dim = number("hidden_size")
+    head_dim = number("head_dim", dim // n_heads)
+    if n_heads % n_kv_heads or head_dim % 2:
+        raise InputError(f"{path}: {n_heads} heads must be a multiple of {n_kv_heads} "
+                         f"key/value heads, and head_dim {head_dim} even")
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InputError(f"{path}: dtype {dtype!r} is not supported, only {', '.join(DTYPES)}")
+
+    # generation_config.json comes first, as in transformers.
+    generation = Path(folder) / "generation_config.json"
+    stop = read_json(generation).get("eos_token_id") if generation.exists() else None
+    if stop is None:
+        stop = raw.get("eos_token_id")
+    if not isinstance(stop, list):
+        stop = [] if stop is None else [stop]
+    if not all(type(token) is int for token in stop):
+        raise InputError(f"{path}: eos_token_id must be a token's id or a list of them, not "
+                         f"{stop}")
+
+    return dict(
+        vocab_size=number("vocab_size"),
+        dim=dim,
+        ffn_dim=number("intermediate_size"),
+        n_layers=number("num_hidden_layers"),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        norm_eps=number("rms_norm_eps", 1e-6, float),
+        rope_theta=rope_theta,
+        rope={"rope_type": scaling, **numbers},
+        context=number("max_position_embeddings", 2048),
+        tied=bool(raw.get("tie_word_embeddings", False)),
+        dtype=dtype,
+        stop_tokens=tuple(stop),
+    )
 
 
 # ------------------------------------------------ tokenizer

@@ -19,27 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import InputError, open_tensors, read_json, weight_files
+from files import DTYPES, InputError, open_tensors, read_config, weight_files
 
 # -------------------------------------------- configuration
-
-# What this file computes. A checkpoint that wants anything else is refused by name.
-ONLY = {
-    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-    "sliding_window": None, "quantization_config": None, "partial_rotary_factor": 1.0,
-}
-DTYPES = {
-    "float16": torch.float16, "bfloat16": torch.bfloat16,
-    "float32": torch.float32, "float64": torch.float64,
-}
-FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights in files
-# Kinds of rotary scaling, and the numbers that each needs.
-SCALINGS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
 
 @dataclass(frozen=True)
 class Config:
@@ -53,7 +35,7 @@ class Config:
     head_dim: int
     norm_eps: float
     rope_theta: float
-    rope: dict  # {"rope_type": a key of SCALINGS, and that scaling's numbers}
+    rope: dict  # {"rope_type": "default", "linear" or "llama3", and what that needs}
     context: int
     tied: bool  # the output matrix is the embedding
     dtype: str
@@ -62,74 +44,7 @@ class Config:
     @staticmethod
     def load(folder):
         """Read folder/config.json. Raises InputError where that cannot be, or is not supported."""
-        path = Path(folder) / "config.json"
-        raw = read_json(path)
-        if "model_type" not in raw:
-            raise InputError(f"{path} has no model_type; expected the config.json of a LLaMA")
-        for key, supported in ONLY.items():
-            if raw.get(key) is not None and raw[key] != supported:
-                raise InputError(f"{path}: {key} = {raw[key]!r} is not supported, only "
-                                 f"{supported!r}")
-
-        def number(key, default=None, type_=int, source=raw):
-            value = source.get(key)
-            value = default if value is None else value
-            largest = 2**31 if type_ is int else 1e30
-            if type(value) not in (int, type_) or not 0 < value < largest:
-                raise InputError(f"{path}: {key} must be a positive {type_.__name__}, not "
-                                 f"{str(value)[:40]}")
-            return type_(value)
-
-        # Rotary settings, with the precedence of transformers: `rope_scaling`, else
-        # `rope_parameters`; in either `rope_theta`, else the one beside it.
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        if not isinstance(rope, dict):
-            raise InputError(f"{path}: rotary scaling must be an object, not {str(rope)[:40]!r}")
-        scaling = rope.get("rope_type") or rope.get("type") or "default"
-        if not isinstance(scaling, str) or scaling not in SCALINGS:
-            raise InputError(f"{path}: rotary scaling {scaling!r} is not supported, only "
-                             f"{', '.join(SCALINGS)}")
-        numbers = {key: number(key, None, float, rope) for key in SCALINGS[scaling]}
-        rope_theta = number("rope_theta", number("rope_theta", 10000.0, float), float, rope)
-
-        n_heads = number("num_attention_heads")
-        n_kv_heads = number("num_key_value_heads", n_heads)
-        dim = number("hidden_size")
-        head_dim = number("head_dim", dim // n_heads)
-        if n_heads % n_kv_heads or head_dim % 2:
-            raise InputError(f"{path}: {n_heads} heads must be a multiple of {n_kv_heads} "
-                             f"key/value heads, and head_dim {head_dim} even")
-        dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise InputError(f"{path}: dtype {dtype!r} is not supported, only {', '.join(DTYPES)}")
-
-        # generation_config.json comes first, as in transformers.
-        generation = Path(folder) / "generation_config.json"
-        stop = read_json(generation).get("eos_token_id") if generation.exists() else None
-        if stop is None:
-            stop = raw.get("eos_token_id")
-        if not isinstance(stop, list):
-            stop = [] if stop is None else [stop]
-        if not all(type(token) is int for token in stop):
-            raise InputError(f"{path}: eos_token_id must be a token's id or a list of them, not "
-                             f"{stop}")
-
-        return Config(
-            vocab_size=number("vocab_size"),
-            dim=dim,
-            ffn_dim=number("intermediate_size"),
-            n_layers=number("num_hidden_layers"),
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            head_dim=head_dim,
-            norm_eps=number("rms_norm_eps", 1e-6, float),
-            rope_theta=rope_theta,
-            rope={"rope_type": scaling, **numbers},
-            context=number("max_position_embeddings", 2048),
-            tied=bool(raw.get("tie_word_embeddings", False)),
-            dtype=dtype,
-            stop_tokens=tuple(stop),
-        )
+        return Config(**read_config(folder))
 
 
 # ---------------------------------------------------- cache
@@ -429,6 +344,9 @@ class Llama(nn.Module):
         if packed:
             pack(model)
         return model.requires_grad_(False)
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights in files
 
 
 def copy_weight(target, file, name, path):
