@@ -106,7 +106,7 @@ def run_cells(code, method, params, parts, shape, prompts, cells):
 
 
 def check_exact(code, method, settings=(1.0,), parts=(), shape=2, steps=1):
-    """`steps` steps after PROMPTS (several: after the first two), in one batch, by uniforms from
+    """`steps` steps after PROMPTS (several: after the last two), in one batch, by uniforms from
     every cell.
 
     1. Both ends of a cell have one outcome: thresholds are where the algorithm has them.
@@ -126,7 +126,7 @@ def check_exact(code, method, settings=(1.0,), parts=(), shape=2, steps=1):
         return made
 
     rows = []  # (prompt, what the algorithm made, path)
-    for prompt in PROMPTS if steps == 1 else PROMPTS[:2]:
+    for prompt in PROMPTS if steps == 1 else PROMPTS[1:]:
         rows += [(prompt, *found) for found in every_path(lambda path: run(path, prompt))]
     ends = []
     for end in (0, 1):

@@ -90,7 +90,7 @@ def first_token(code, p, q, candidates, twelfths, sixtieths):
 
 
 def check_rule_for_trees(code):
-    for candidates, step in ((1, 1), (2, 1), (3, 3)):
+    for candidates, step in ((1, 1), (2, 1), (3, 5)):
         some, grid_pairs = THIRDS[::step], zip(ends(12), ends(60))
         for p, q, grids in itertools.product(some, some, grid_pairs):
             got = first_token(code, p, q, candidates, *grids)
@@ -174,13 +174,14 @@ def test_greedy_siblings_are_the_best_in_order():
 
 @pytest.mark.parametrize("method", BEYOND)
 def test_ragged_batches_follow_the_model(method):
-    check_joint(REAL, method, Params(1), **({} if method == "draft-model" else {"parts": BOTH}))
+    parts = () if method == "draft-model" else BOTH
+    check_joint(REAL, method, Params(1), parts=parts, batches=10)
 
 
 def test_a_shortlist_that_cuts_follows_the_model(monkeypatch):
     monkeypatch.setattr(REAL.lookahead, "SHORTLIST", 3)  # of 4 tokens
-    check_joint(REAL, "pass", Params(1), parts=BOTH)
-    check_joint(REAL, "tree", Params(1), parts=BOTH, tree="0 1 2")
+    check_joint(REAL, "pass", Params(1), parts=BOTH, batches=10)
+    check_joint(REAL, "tree", Params(1), parts=BOTH, batches=10, tree="0 1 2")
 
 
 @pytest.mark.parametrize("method", BEYOND)

@@ -28,7 +28,7 @@ def check_stops(code):
     judge = naive.Model(tiny(6, seed=4))
     while len(text) < 9:
         text.append(naive.probs(judge.next_logits(prompt + text), 0).index(1))
-    cases = [("autoregressive", 1), *itertools.product(("pass", "fused", "draft-model"), (1, 2, 6))]
+    cases = [("autoregressive", 1), *itertools.product(("pass", "fused", "draft-model"), (1, 6))]
     for method, L in cases:
         def ends(n, context=64, stop=()):
             llama = code.tiny(6, seed=4, context=context, stop=stop)

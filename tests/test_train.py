@@ -28,6 +28,13 @@ from model import Cache, Llama, attention
 from pass_sampler import Lookahead
 
 
+@pytest.fixture(autouse=True)
+def short_evaluation(request, monkeypatch):
+    """Texts to measure on are written at one temperature, but where the file is looked at."""
+    if "and_nothing_else" not in request.node.name:
+        monkeypatch.setattr(train_lookahead, "TEMPERATURES", (1.0,))
+
+
 def check_gradients(code, objectives=("ce", "kl", "tv")):
     """Against autograd through the definitions, in pieces of 3 columns."""
     for objective in objectives:
