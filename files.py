@@ -174,6 +174,22 @@ def write_tensors(tensors, path, metadata=None):
 
 # -------------------------- options, prompts, text, figures
 
+def add_common(add):
+    """The words that scripts share. add: parser.add_argument."""
+    add("--model", type=Path, required=True, help="folder of a Hugging Face LLaMA")
+    add("--dtype", choices=DTYPES, help="of the weights (default: as in the folder)")
+    add("--device", help="cpu or cuda (default: a GPU, if there is one)")
+    add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
+
+
+def add_prompt(parser):
+    """The words that `read_prompt` reads."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="text to continue")
+    source.add_argument("--prompt-file", type=Path, help="file whose text to continue")
+    source.add_argument("stdin", nargs="?", choices=["-"], help="continue standard input")
+
+
 DEFAULT_PROMPT = "def fibonacci(n):\n"
 
 

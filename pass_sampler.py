@@ -239,7 +239,7 @@ def options_of(name):
 
 # ------------------------------------------------- the loop
 
-PREFILL = 2048  # columns of a block of prefill, of all rows: bounds the memory of attention
+PREFILL = 2048  # columns per block of prefill, of all rows: bounds its memory
 
 
 class Sampler:
@@ -281,7 +281,7 @@ class Sampler:
         return self.buffers[-1]
 
     def probs(self, logits):
-        """The target's p (B,T,V). Here, and only here, logits that are not finite are noted."""
+        """The target's p (B,T,V). Here alone logits that are not finite are noted."""
         self.finite &= logits.amax(-1).isfinite().all(1)
         return probs(logits, self.params)
 
@@ -427,11 +427,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="folder of a Hugging Face LLaMA")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help="text to continue")
-    source.add_argument("--prompt-file", type=Path)
-    source.add_argument("stdin", nargs="?", choices=["-"], help="read standard input")
+    files.add_common(add)
+    files.add_prompt(parser)
     add("--method", choices=METHODS, default="pass", help="(default: pass, PaSS)")
     add("--lookahead", metavar="FILE|unk|mean", help="trained; or untrained (mean)")
     add("--length", type=int, help="L, or drafts of the draft model")
@@ -441,12 +438,9 @@ def main():
         add(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default,
             help="(default: %(default)s, which is greedy or off)")
     add("--max-new-tokens", type=int, default=128)
-    add("--samples", type=int, default=1, help="independent texts, in one batch")
-    add("--seed", type=int, default=0)
-    add("--dtype", choices=DTYPES)
-    add("--device", help="cpu or cuda (default: a GPU, if there is one)")
-    add("--no-graph", action="store_true", help="do not record the step, on a GPU")
-    add("--json", action="store_true", help="print one JSON object")
+    add("--samples", type=int, default=1, help="independent texts")
+    add("--no-graph", action="store_true", help="of a GPU")
+    add("--json", action="store_true", help="as one object")
     args = parser.parse_args()
     params = Params(**{f.name: getattr(args, f.name) for f in fields(Params)})
     text = files.read_prompt(args)

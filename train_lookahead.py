@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from beyond.lookahead import LookaheadPlus
 from files import (
-    InputError, check_seed, check_writable, device_named, fingerprint, load_tokenizer, open_tensors,
-    refuse_idle, run_script, write_tensors)
+    InputError, add_common, check_seed, check_writable, device_named, fingerprint, load_tokenizer,
+    open_tensors, refuse_idle, run_script, write_tensors)
 from model import DTYPES, Cache, Llama
 from pass_sampler import Params, Sampler, draw, load_lookahead, probs, residual
 
@@ -333,7 +333,7 @@ def train(args, model, pool, held, settings):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="folder of the frozen model")
+    add_common(add)
     add("--data", type=Path, nargs="+", required=True, help="text files, and folders to search for them")
     add("--suffix", default="", help="of the files in folders, such as .py (default: all)")
     add("--from-model", type=float, nargs="+", metavar="TEMPERATURE",
@@ -352,9 +352,6 @@ def main():
     add("--resume", action="store_true", help="go on from the checkpoint beside --out, if there is one")
     add("--evaluate", nargs="+", metavar="FILE|unk|mean", help="measure the acceptance, with a memory near "
         "positions 100, 1000 and 3000")
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--dtype", choices=DTYPES, help="of the model (default: the checkpoint's own); the look-ahead trains in float32")
-    add("--device", help="cpu or cuda (default: a GPU, if there is one)")
     args = parser.parse_args()
     check_seed(args.seed)
     if not 1 <= args.length <= 64 or not 0 <= args.memory <= TEXT or not 0 <= args.head <= 2**14 or args.batch < 1:
