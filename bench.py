@@ -543,6 +543,13 @@ def main():
         if (min(value) if isinstance(value, list) else value) < bound:
             raise InputError(f"--{name.replace('_', '-')} must be at least {bound}")
     check_seed(getattr(args, "seed", 0))
+    idle = {"execute": "--execute has no effect without --problems"} if not getattr(args, "problems", 0) else {
+        "kinds": "--kinds has no effect with --problems"}
+    if args.function is speed and not any(spec.startswith("draft-model") for spec in args.methods):
+        idle["draft_model"] = "--draft-model has no effect without the method draft-model"
+    for name, why in idle.items():
+        if getattr(args, name, None):
+            raise InputError(why)
     for path in filter(None, (args.json, getattr(args, "plot", None))):
         check_writable(path)
     if getattr(args, "plot", None):

@@ -429,18 +429,18 @@ def main():
     add = parser.add_argument
     files.add_common(add)
     files.add_prompt(parser)
-    add("--method", choices=METHODS, default="pass", help="(default: pass, PaSS)")
+    add("--method", choices=METHODS, default="pass", help="(default: pass)")
     add("--lookahead", metavar="FILE|unk|mean", help="trained; or untrained (mean)")
     add("--length", type=int, help="L, or drafts of the draft model")
     add("--tree", help="of method tree, such as \"0 1 00\"")
     add("--draft-model", type=Path, metavar="DIR", help="of method draft-model")
     for f in fields(Params):
         add(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default,
-            help="(default: %(default)s, which is greedy or off)")
+            help="(default: %(default)s, greedy or off)")
     add("--max-new-tokens", type=int, default=128)
     add("--samples", type=int, default=1, help="independent texts")
     add("--no-graph", action="store_true", help="of a GPU")
-    add("--json", action="store_true", help="as one object")
+    add("--json", action="store_true")
     args = parser.parse_args()
     params = Params(**{f.name: getattr(args, f.name) for f in fields(Params)})
     text = files.read_prompt(args)

@@ -214,6 +214,12 @@ def test_bad_input(words, says, call):
     assert says in call("speed", *words, ok=False)
 
 
+def test_options_without_effect(call, folder):
+    assert "--execute has no effect" in call("quality", "--execute", ok=False)
+    assert "--kinds has no effect" in call("quality", "--problems", 1, "--execute", "--kinds", "code", ok=False)
+    assert "--draft-model has no effect" in call("speed", "--draft-model", folder, ok=False)
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", '{"code": "text"}', '{"code": [1], "prose": []}', '{"code": [], "prose": []}', "nonsense"])
 def test_bad_prompts(text, call, tmp_path):
     (tmp_path / "bad.json").write_text(text)
