@@ -297,9 +297,9 @@ class Sampler:
             buffer.zero_()
         if self.method.start is not None:
             self.method.start(tokens, lengths)
+        width = max(1, PREFILL // self.rows)
         for model, cache in self.caches:
             cache.length.zero_()
-            width = max(1, PREFILL // self.rows)
             for start in range(0, tokens.shape[1] - 1, width):
                 block = tokens[:, start:-1][:, :width]
                 model(block, cache)  # padding stands after the text, which does not see it

@@ -3,9 +3,9 @@
 
     python pass_sampler.py --model DIR --lookahead FILE --method tree --tree "0 1 00"
 
-A tree is written as paths of ranks, a digit each: "0" and "1" are the first and the second candidate
-for the next token, "00" the first one for the token after "0". The block is that of fused.py with these
-nodes in place of a chain. `choose` finds a tree for a machine.
+A tree is written as paths of ranks, a digit each: "0" and "1" are the first and the second
+candidate for the next token, "00" the first one for the token after "0". The block is that of
+fused.py with these nodes in place of a chain. `choose` finds a tree for a machine.
 
 Why it is exact: candidates for one position are tried one after the other. Each is accepted with
 probability min(1, p/q); a rejection leaves p <- norm(max(0, p - q)). What comes out of one trial

@@ -204,4 +204,5 @@ def compare_drafts(method, rows, outcomes):
     assert not off or off[worst] < TOLERANCE, (
         f"{method}: after {list(worst[0])} the accepted drafts (and before them the model's token, "
         f"of pass) {list(worst[1:])} come with probability {got.get(worst, 0):.6f}, but min(p, q) "
-        f"of the naive look-ahead gives {expected.get(worst, 0):.6f}: drafts are not drawn from its q")
+        f"of the naive look-ahead gives {expected.get(worst, 0):.6f}: drafts are not drawn from "
+        f"its q")

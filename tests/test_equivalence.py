@@ -234,8 +234,9 @@ def exact_texts(prompt, params, n):
 
 def joint_p_values(code, method, params, parts=(), seed=0, batches=BATCHES, **more):
     """p-values, one per prompt. Null hypothesis: texts of 5 tokens, fewer where 0 stops them, are
-    independent draws from the model; 100 texts per prompt and batch. test_power says what deviation that
-    finds. Many rows of each prompt stand in one batch: they accept different numbers of drafts."""
+    independent draws from the model; 100 texts per prompt and batch. test_power says what deviation
+    that finds. Many rows of each prompt stand in one batch and accept different numbers of
+    drafts."""
     llama = code.tiny(4, seed=3, stop=(0,))
     words = options(method, llama, parts=parts) | more
     theirs = code.pass_sampler.Params(*astuple(params))
