@@ -37,7 +37,8 @@ from files import (
     InputError, check_seed, check_writable, device_named, load_tokenizer, read_json, run_script, write_file)
 from model import DTYPES, Cache, Llama
 from pass_sampler import METHODS, Params, Sampler, load_lookahead, options_of
-from train_lookahead import PROMPT, evaluate, own_texts
+from beyond.own_texts import PROMPT, own_texts
+from train_lookahead import evaluate
 
 DEMO = Path(__file__).resolve().parent / "demo"
 
@@ -234,11 +235,13 @@ def acceptance(args):
         raise InputError(f"prompts must have {PROMPT} tokens or more, and more new ones than {len(lookahead.embeddings)} drafts")
     yield f"{machine(model)}; {args.lookahead}; {args.new_tokens} tokens written after the last {PROMPT} of each prompt"
     for kind, rows in prompts.items():
-        texts = {t: own_texts(model, torch.tensor([row[-PROMPT:] for row in rows]), t, args.seed, PROMPT + args.new_tokens)
-                 for t in args.temperatures}
-        for t, table in evaluate(model, lookahead, texts).items():
+        ends = torch.tensor([row[-PROMPT:] for row in rows])
+        texts = {t: own_texts(model, ends, t, args.seed, PROMPT + args.new_tokens) for t in args.temperatures}
+        for position, t in itertools.product(args.positions, texts):
+            table = evaluate(model, lookahead, {t: texts[t]}, position)[str(t)]
             for j, ranks in enumerate(table["by_rank"]):
-                yield ({"text": kind, "temperature": float(t), "position": j + 1, "the draft": table["by_position"][j]} |
+                yield ({"text": kind, "temperature": float(t), "first token at": position, "position": j + 1,
+                        "the draft": table["by_position"][j]} |
                        {f"one of {k}": share for k, share in enumerate(ranks, 1) if k > 1} | {"of the chain": table["expected"]})
 
 
@@ -524,7 +527,8 @@ def main():
         return add
     add = command(cost, x="columns T", y="against one", series=["weights"], facets=[])
     add("--rounds", type=int, default=15, help="default: %(default)s")
-    command(acceptance, x="position", y="the draft", series=["temperature"], facets=["text"])
+    add = command(acceptance, x="position", y="the draft", series=["temperature"], facets=["text"])
+    add("--positions", type=int, nargs="+", default=[0], help="of the texts' first token; a memory is trained at all (default: 0)")
     add = command(speed, (0.0, 0.2, 0.5, 0.8, 1.0), x="temperature", y="times as fast", series=["method"], facets=["text", "top-k"])
     add("--top-k", type=int, nargs="+", default=[0], help="0 is off (default: 0)")
     add = command(length, (0.0, 1.0), x="columns", y="times as fast", series=["method"], facets=["text", "temperature"])

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 # --------------------------------------------------- errors
 
@@ -180,6 +181,12 @@ def add_common(add):
     add("--dtype", choices=DTYPES, help="of the weights (default: as in the folder)")
     add("--device", help="cpu or cuda (default: a GPU, if there is one)")
     add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
+
+
+def add_data(add):
+    """The words that `read_data` takes."""
+    add("--data", type=Path, nargs="+", required=True, help="text files, and folders of them")
+    add("--suffix", default="", help="of the files in folders, such as .py (default: all)")
 
 
 def add_prompt(parser):
@@ -558,6 +565,81 @@ def from_tokenizers(path, config):
     unk = named_token(config.get("unk_token")) or named_token(raw["model"].get("unk_token"))
     unk = hf.token_to_id(unk) if unk else None
     return Tokenizer(lambda text: hf.encode(text).ids, pieces, unk)
+
+
+# ------------------------------- training data, checkpoints
+
+def split_files(paths, suffix):
+    """All files below paths, whole: (to train on, held out). Held out is the tenth whose names
+    hash lowest."""
+    found = set()
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"--data {path} does not exist")
+        inside = path.rglob(f"*{suffix}") if path.is_dir() else [path]
+        found.update(file for file in inside if file.is_file())
+    if len(found) < 2:
+        raise InputError(f"--data has {len(found)} files with suffix {suffix!r}; at least 2 are "
+                         f"needed, as one is held out")
+    hashed = sorted(sorted(found), key=lambda f: hashlib.sha256(f.name.encode()).digest())
+    tenth = max(1, len(hashed) // 10)
+    return sorted(hashed[tenth:]), sorted(hashed[:tenth])
+
+
+def read_data(tokenizer, paths, suffix, least):
+    """Tokens of all files below paths: (N,) to train on and (N,) held out, more than `least`."""
+    both = [], []
+    for tokens, names in zip(both, split_files(paths, suffix)):
+        for name in tqdm(names, "reading", leave=False, disable=None):
+            try:
+                content = name.read_bytes()
+            except OSError as error:
+                raise InputError(f"cannot read {name}: {error}") from None
+            if b"\0" not in content:  # or it is no text
+                tokens += tokenizer.encode(content.decode("utf-8-sig", errors="replace"))
+    if min(map(len, both)) <= least:
+        raise InputError(f"--data has {len(both[0])} tokens and {len(both[1])} held out; more than "
+                         f"{least} of both are needed")
+    return [torch.tensor(tokens) for tokens in both]
+
+
+def windows(tokens, n, length, generator):
+    """n random pieces (n,length) of tokens (N,)."""
+    starts = torch.randint(len(tokens) - length, (n, 1), generator=generator)
+    return tokens[starts + torch.arange(length)]
+
+
+def write_checkpoint(path, state, tensors, moments):
+    """state, a dict with its settings; {name: tensor}; {name: what the optimizer knows of it}."""
+    tensors = dict(tensors)
+    for name, values in moments.items():
+        for key, value in values.items():
+            tensors[f"{name}/{key}"] = value
+    write_tensors(tensors, path, {"state": json.dumps(state)})
+
+
+def read_checkpoint(path, settings, tensors, moments):
+    """Fill tensors and moments; return the state. Raises InputError for other settings."""
+    with open_tensors(path) as file:
+        try:
+            state = json.loads(file.metadata()["state"])
+            made_with = dict(state["settings"])
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{path} is no checkpoint, or damaged: remove it to begin anew"
+                             ) from None
+        other = [f"{key} {made_with.get(key)}, now {value}" for key, value in settings.items()
+                 if made_with.get(key) != value]
+        if other:
+            raise InputError(f"{path} was made with other settings ({', '.join(other)}): give "
+                             f"those, or remove it to begin anew")
+        for key in file.keys():
+            name, _, moment = key.partition("/")
+            if moment:  # optimizers keep their count of steps on the CPU
+                device = "cpu" if moment == "step" else tensors[name].device
+                moments[name][moment] = file.get_tensor(key).to(device)
+            else:
+                tensors[name].data.copy_(file.get_tensor(key))
+    return state
 
 
 # ----------------------------------------- look-ahead files

@@ -156,6 +156,20 @@ MARGIN = 1.05  # what a tree must promise over plain decoding
 COLUMNS = (4, 6, 9, 12, 16, 24, 32, 48, 64)  # sizes of the blocks that `choose` tries
 
 
+def cover(p, logits, params, generator, ranks):
+    """(N,ranks): the probability that one of k drafts for a place is accepted, k = 1 .. ranks, if
+    they are drawn from q without replacement, as beyond/tree.py does. It averages over u."""
+    refused, accepted = torch.ones(len(p), device=p.device), []
+    for _ in range(min(ranks, p.shape[1])):
+        q = probs(logits, params)
+        refused = refused * (1 - torch.minimum(p, q).sum(1))
+        accepted.append(1 - refused)
+        u = torch.rand(len(p), dtype=torch.float64, generator=generator, device=p.device)
+        logits = logits.scatter(1, draw(q, u)[:, None], -math.inf)
+        p = residual(p, q)
+    return torch.stack(accepted, 1)
+
+
 def best_tree(by_rank, depth, columns):
     """The tree of this depth, in so many columns, that should accept most; and its tokens per step.
 

@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from files import (
-    InputError, check_writable, device_named, load_tokenizer, run_script, write_file, write_tensors)
+    InputError, check_writable, device_named, load_tokenizer, read_checkpoint, run_script, windows,
+    write_checkpoint, write_file, write_tensors)
 from model import Cache, Config, Llama
-from train_lookahead import loss_and_gradient, read_checkpoint, windows
+from train_lookahead import backward
 
 # All under BSD, MIT, Apache 2.0 or (matplotlib) PSF-like licences.
 PACKAGES = """
@@ -145,15 +146,11 @@ def tokens_of(folder, tokenizer, pattern="*.py"):
 # ------------------------------------------------------------------------------------------------------------------ training
 
 def loss_and_gradients(model, forward, rows, columns=1024):
-    """Mean cross-entropy (nats) of rows (B,T+1), each token from those before it; adds its gradients to the model's, whose output is
-    tied. forward: model.forward, or that compiled.  columns: as in `loss_and_gradient`."""
+    """Mean cross-entropy (nats) of rows (B,T+1), each token from those before it; adds its
+    gradients to the model's. forward: model.forward, or that compiled."""
     x, y = rows[:, :-1], rows[:, 1:].flatten()
     h = forward(x, Cache(model, *x.shape)).flatten(0, 1)
-    to_output = torch.zeros(model.output.shape, device=x.device)
-    total, to_h = loss_and_gradient(model, h.detach(), None, y, "ce", columns, to_output)
-    h.backward(to_h / len(y))
-    model.output.grad += to_output.to(h.dtype) / len(y)  # the embedding's, which has its gradient from h by now
-    return total.item() / len(y)
+    return backward(model, h, y, "ce", columns=columns).item()
 
 
 @torch.no_grad()
@@ -167,62 +164,74 @@ def held_out(model, tokens, texts=24):
     return total / rows[:, 1:].numel()
 
 
-def train(model, tokens, held, args, settings):
-    """Train for args.steps; tokens (N,), held {name: tokens}. Returns the curve: [step, loss since the last, {name: held-out}]."""
-    names, weights = zip(*model.named_parameters())
-    generator = torch.Generator().manual_seed(args.seed)
-    for name, weight in zip(names, weights):  # what a layer adds to the stream starts at nothing
-        torch.nn.init.ones_(weight) if weight.ndim == 1 else weight.data.zero_() if name.endswith((".o", ".down")) else \
+def rows_of(tokens, step, args):
+    """(B,T+1): the texts of a step, longer ones towards the end."""
+    T = next(T for T, until in LENGTHS.items() if step / args.steps < until)
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    return windows(tokens, COLUMNS // T, T + 1, generator)
+
+
+def initialise(model, seed):
+    """Random weights; what a layer adds to the stream starts at nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            torch.nn.init.ones_(weight)
+        elif name.endswith((".o", ".down")):
+            torch.nn.init.zeros_(weight)
+        else:
             weight.data.copy_(0.02 * torch.randn(weight.shape, generator=generator))
-    # The model computes in bfloat16; what the optimizers change is float32, or small changes would be lost in rounding.
+
+
+def train(model, args, settings, checkpoint, add_gradients, measure):
+    """Train all weights for args.steps, from `checkpoint` if args.resume.
+
+    add_gradients(step) adds the gradients of that step's loss, and returns it. measure() is a dict.
+    Returns the curve: [step, mean loss since the last, what measure gave].
+    """
+    names, weights = zip(*model.named_parameters())
+    # The model computes in bfloat16; what the optimizers change is float32, or small changes would
+    # be lost in rounding.
     masters = {name: weight.detach().float() for name, weight in zip(names, weights)}
     matrices = {name: m for name, m in masters.items() if m.ndim == 2 and name != "embedding"}
     others = {name: m for name, m in masters.items() if name not in matrices}
-    optimizers = [torch.optim.Muon(list(matrices.values()), RATES["muon"]),
-                  torch.optim.AdamW(list(others.values()), RATES["adamw"], (0.9, 0.95), weight_decay=0.01)]
-    moments = lambda name: optimizers[name in others].state[masters[name]]
+    optimizers = [
+        torch.optim.Muon(list(matrices.values()), RATES["muon"]),
+        torch.optim.AdamW(list(others.values()), RATES["adamw"], (0.9, 0.95), weight_decay=0.01)]
+    moments = {name: optimizers[name in others].state[m] for name, m in masters.items()}
     state = {"settings": settings, "step": 0, "losses": [], "curve": []}
-    checkpoint, saved_at = args.work / "pretrain.checkpoint", time.monotonic()
+    saved = time.monotonic()
 
     def to_model():
         for weight, master in zip(weights, masters.values()):
             weight.data.copy_(master)
 
     if args.resume and checkpoint.exists():
-        state, tensors = read_checkpoint(checkpoint, settings)
-        for key, tensor in tensors.items():
-            name, _, moment = key.partition("/")
-            if moment:
-                moments(name)[moment] = tensor.to("cpu" if moment == "step" else masters[name].device)
-            else:
-                masters[name].copy_(tensor)
+        state = read_checkpoint(checkpoint, settings, masters, moments)
         to_model()
-
-    forward = torch.compile(model.forward, dynamic=False) if args.compile else model.forward
-    bar = tqdm(total=args.steps, initial=state["step"], smoothing=0.1, mininterval=1 if sys.stderr.isatty() else 60, unit="step")
+    bar = tqdm(total=args.steps, initial=state["step"], smoothing=0.1, unit="step",
+               mininterval=1 if sys.stderr.isatty() else 60)
     while state["step"] < args.steps:
         done, losses = state["step"] / args.steps, state["losses"]
-        T = next(T for T, until in LENGTHS.items() if done < until)
-        rows = windows(tokens, COLUMNS // T, T + 1, torch.Generator().manual_seed(args.seed * 1_000_003 + state["step"]))
-        losses.append(loss_and_gradients(model, forward, rows.to(model.embedding.device)))
+        losses.append(add_gradients(state["step"]))
         for weight, master in zip(weights, masters.values()):
-            master.grad, weight.grad = weight.grad.float(), None
+            master.grad = weight.grad.float()
+            weight.grad = None
         for optimizer, rate in zip(optimizers, RATES.values()):
             optimizer.param_groups[0]["lr"] = rate * min(done / WARM_UP + 0.01, 1) * (1 - done)
             optimizer.step()
         to_model()
         state["step"] += 1
         bar.update()
-        bar.set_postfix_str(f"loss {sum(losses[-20:]) / len(losses[-20:]):.3f}")
-        if state["step"] % math.ceil(args.steps / EVALUATIONS) == 0 or state["step"] == args.steps:
-            now = {name: round(held_out(model, t), 4) for name, t in held.items()}
-            state["curve"].append([state["step"], round(sum(losses) / len(losses), 4), now])
+        last = state["step"] == args.steps
+        if state["step"] % math.ceil(args.steps / EVALUATIONS) == 0 or last:
+            mean = round(sum(losses) / len(losses), 4)
+            state["curve"].append([state["step"], mean, measure()])
             tqdm.write(json.dumps(state["curve"][-1]), file=sys.stderr)
             losses.clear()
-        if time.monotonic() - saved_at > CHECKPOINT_SECONDS or state["step"] == args.steps:
-            saved_at = time.monotonic()
-            kept = {f"{name}/{key}": value for name in masters for key, value in moments(name).items()}
-            write_tensors(masters | kept, checkpoint, {"state": json.dumps(state)})
+        if time.monotonic() - saved > CHECKPOINT_SECONDS or last:
+            saved = time.monotonic()
+            write_checkpoint(checkpoint, state, masters, moments)
     bar.close()
     return state["curve"]
 
@@ -276,7 +285,17 @@ def main():
     model = Llama(Config.load(args.out), torch.bfloat16, device)
     settings = {"steps": args.steps, "seed": args.seed, "tokens": len(tokens), "config": CONFIG,
                 "sizes": str((COLUMNS, LENGTHS, RATES, WARM_UP))}
-    curve = train(model, tokens, {name: t for name, (t, _) in held.items()}, args, settings)
+    initialise(model, args.seed)
+    forward = torch.compile(model.forward, dynamic=False) if args.compile else model.forward
+
+    def add_gradients(step):
+        rows = rows_of(tokens, step, args)
+        return loss_and_gradients(model, forward, rows.to(model.embedding.device))
+
+    def measure():
+        return {name: round(held_out(model, t), 4) for name, (t, _) in held.items()}
+
+    curve = train(model, args, settings, args.work / "pretrain.checkpoint", add_gradients, measure)
     write_tensors(model.named_weights(), args.out / "model.safetensors", {"format": "pt"})
     write_file(args.out / "curve.svg", lambda path: path.write_text(picture(curve)))
     print("| held out | tokens | bytes a token | nats a token | bits a byte |\n|---|---|---|---|---|")

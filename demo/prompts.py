@@ -2,8 +2,8 @@
 
     python demo/prompts.py --data data --plain models/pretrain/held     # of README's "Train a look-ahead", and of demo/pretrain.py
 
-For SmolLM2 code, as it stands in the files of --data that train_lookahead.py holds out, and prose, their docstrings. For demo/model
-code in the one spelling that it knows, from what train_lookahead.py holds out of what demo/pretrain.py held out.
+For SmolLM2 code, as it stands in the files of --data that training holds out, and prose, their docstrings. For demo/model
+code in the one spelling that it knows, from what training holds out of what demo/pretrain.py held out.
 """
 import argparse
 import ast
@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from files import InputError, run_script, write_file
-from train_lookahead import split_files
+from files import InputError, run_script, split_files, write_file
 
 PROMPTS, CHARACTERS = 20, 280
 

@@ -25,7 +25,7 @@ from test_beyond import BOTH, check_groups, check_rule_for_trees, check_siblings
 from test_equivalence import check_joint, check_probs, check_rule, check_zeros
 from test_model import check_model, check_one_row, check_types
 from test_sampler import check_ended_rows, check_memory, check_recordable, check_stops
-from test_train import check_columns, check_frozen, check_gradients
+from test_train import check_columns, check_expected, check_frozen, check_gradients
 
 
 def exact_pass(code):
@@ -377,18 +377,27 @@ MUTANTS = {
         "self.embeddings).repeat("),
     # Training
     "kl the wrong way round": mutant(
-        "the gradient is that of KL(p || q)", check_gradients, "train_lookahead",
-        "g = q - p", "g = p - q"),
-    "tv without its normalisation": mutant(
-        "dq_y / dlogit_x = q_y (1[x = y] - q_x)", check_gradients, "train_lookahead",
-        "g = q * below.sum(-1, keepdim=True) - below", "g = -below"),
+        "kl is KL(p || q)", check_gradients, "train_lookahead",
+        'F.kl_div(log_q, p, reduction="sum")', 'F.kl_div(p.log(), log_q.exp(), reduction="sum")'),
+    "tv without its half": mutant(
+        "tv is 1 - sum_x min(p(x), q(x))", check_gradients, "train_lookahead",
+        "(p - log_q.exp()).clamp(min=0)", "(p - log_q.exp()).abs()"),
+    "the loss of each piece a mean of its own": mutant(
+        "the loss is a mean over all columns", check_gradients, "train_lookahead",
+        "tokens[part], p) / len(h)", "tokens[part], p) / len(leaf)"),
+    "drafts after a rejected one expected": mutant(
+        "a chain ends at the first rejection", check_expected, "train_lookahead",
+        "(1, -1), value=1).cumprod(1)", "(1, -1), value=1)"),
+    "a draft's own chance counted twice": mutant(
+        "draft j stands if those before it do", check_expected, "train_lookahead",
+        "F.pad(kept.clamp(max=1).view(-1, L), (1, -1), value=1)", "kept.clamp(max=1).view(-1, L)"),
     "trained for the token before": mutant(
         "LA_j is trained for x_{n+j+1}", check_columns, "train_lookahead",
-        "text.gather(1, before + 1).flatten()", "text.gather(1, before).flatten()"),
+        "text.gather(1, here + 1).flatten()", "text.gather(1, here).flatten()"),
     "trained one position too far": mutant(
         "trained columns are the sampler's", check_columns, "train_lookahead",
-        "h = model(x, cache, offset[:, None] + before, mask)",
-        "h = model(x, cache, offset[:, None] + before + 1, mask)"),
+        "h = model(x, cache, offset[:, None] + here, mask)",
+        "h = model(x, cache, offset[:, None] + here + 1, mask)"),
     "groups see each other in training": mutant(
         "trained columns are the sampler's", check_columns, "train_lookahead",
         "mask[:, :, start:] = (group == group[:, None]).tril()",
@@ -399,8 +408,7 @@ MUTANTS = {
         "cache.memory + 1 + places.repeat_interleave(L, 1)[:, :, None]"),
     "a weight of the frozen model moves": mutant(
         "the model is frozen", check_frozen, "train_lookahead",
-        "        optimizer.step()\n",
-        "        optimizer.step()\n        model.norm.data += 1e-6\n"),
+        "    optimizer.step()\n", "    optimizer.step()\n    model.norm.data += 1e-6\n"),
 }
 
 

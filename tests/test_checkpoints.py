@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pass_sampler
-import train_lookahead
 from common import FIXTURE, ROOT, run_main, tiny, whole
 from files import InputError, load_tokenizer
 from model import Config, Llama, packs
@@ -233,17 +232,6 @@ def test_piped_text_is_read(folder, capsys):
     piped = subprocess.run(command, input=b"import os", capture_output=True, check=True).stdout
     named = run_main(pass_sampler, capsys, *words, "--prompt", "import os")[1]
     assert json.loads(piped)["tokens"] == json.loads(named)["tokens"]
-
-
-def test_options_without_effect(folder, data, tmp_path, capsys):
-    words = ["--model", folder, "--data", data]
-    for more, name in (
-            (["--out", tmp_path / "out", "--texts", 9], "--texts"),
-            (["--evaluate", "mean", "--steps", 3], "--steps"),
-            (["--evaluate", "mean", "--resume"], "--resume"),
-            (["--evaluate", "mean", "--objective", "ce"], "--objective")):
-        code, out, err = run_main(train_lookahead, capsys, *words, *more)
-        assert code == 2 and f"{name} has no effect" in err and err.count("\n") == 1
 
 
 def test_closed_streams(folder):

@@ -72,7 +72,7 @@ def test_the_rule_decides_as_on_the_cpu():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_trains_and_drafts(dtype, folder, data, tmp_path, capsys):
     words = ["--model", folder, "--data", data, "--length", 2, "--memory", 3, "--head", 4,
-             "--steps", 20, "--from-model", 0, 1, "--texts", 64, "--batch", 32, "--device", "cuda",
+             "--steps", 20, "--batch", 32, "--device", "cuda",
              "--dtype", dtype]
     code, out, err = run_main(train_lookahead, capsys, *words, "--out", tmp_path / "file")
     assert code == 0 and "20 steps" in out, err

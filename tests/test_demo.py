@@ -150,7 +150,15 @@ def test_killed_and_resumed_ends_where_undisturbed(tmp_path, monkeypatch):
         model = tiny(40, dtype=torch.bfloat16, tied=True).requires_grad_()
         args = Namespace(steps=7, seed=0, resume=resume, compile=False, work=tmp_path / work)
         args.work.mkdir(exist_ok=True)
-        return pretrain.train(model, tokens, {"held": tokens[:500]}, args, {}), dict(model.named_parameters())
+        pretrain.initialise(model, 0)
+
+        def add_gradients(step):
+            return pretrain.loss_and_gradients(
+                model, model.forward, pretrain.rows_of(tokens, step, args))
+
+        curve = pretrain.train(model, args, {}, args.work / "checkpoint", add_gradients,
+                               lambda: {"held": pretrain.held_out(model, tokens[:500])})
+        return curve, dict(model.named_parameters())
 
     curve, weights = run("whole", False)
     assert [row[0] for row in curve] == [4, 7] and curve[-1][1] < curve[0][1]  # it learns to count

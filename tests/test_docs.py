@@ -31,7 +31,7 @@ def test_walk_through_the_code(function, line):
 
 def test_the_walk_is_whole():
     names = {function for function, _ in WALK}
-    assert len(WALK) >= 12 and {"parallel", "verify", "residual", "loss_and_gradient"} <= names
+    assert len(WALK) >= 12 and {"parallel", "verify", "residual", "loss_of"} <= names
 
 
 PATHS = sorted(set(re.findall(r"`((?:demo|tests|beyond)/[\w./-]+|\w+\.py)`", PAGES)))

@@ -1,5 +1,6 @@
-"""Training: the gradients are those of the stated objectives, the columns are those that the sampler will run, the model stays
-frozen, and an interrupted or shared run ends where an undisturbed one does."""
+"""Training: the losses are the stated ones, the columns those that the sampler will run, what is
+measured is what it will accept; the model stays frozen; an interrupted or shared run ends where an
+undisturbed one does."""
 import contextlib
 import copy
 import hashlib
@@ -20,12 +21,16 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import beyond.own_texts
+import files
 import pass_sampler
 import train_lookahead
 from common import REAL, ROOT, random_lookahead, run_main, tiny
 from files import InputError, load_tokenizer
 from model import Cache, Llama, attention
 from pass_sampler import Lookahead
+
+SMALL = ["--length", 2, "--memory", 3, "--head", 4]
 
 
 @pytest.fixture(autouse=True)
@@ -35,19 +40,26 @@ def short_evaluation(request, monkeypatch):
         monkeypatch.setattr(train_lookahead, "TEMPERATURES", (1.0,))
 
 
+# -------------------------------------------------- the method
+
 def check_gradients(code, objectives=("ce", "kl", "tv")):
-    """Against autograd through the definitions, in pieces of 3 columns."""
+    """Against autograd through the definitions, in pieces of 3 of 8 columns."""
     for objective in objectives:
         model, g = tiny(11), torch.Generator().manual_seed(0)
-        h, target = (torch.randn(8, 16, dtype=torch.float64, generator=g).requires_grad_(i == 0) for i in range(2))
+        h, target = torch.randn(2, 8, 16, dtype=torch.float64, generator=g)
+        h.requires_grad_()
         tokens = torch.randint(11, (8,), generator=g)
         p, q = model.logits(target).softmax(-1), model.logits(h).softmax(-1)
-        expected = {"ce": F.nll_loss(q.log(), tokens, reduction="sum"), "kl": (p * (p / q).log()).sum(),
-                    "tv": (p - q).abs().sum() / 2}[objective]
-        loss, gradient = code.train_lookahead.loss_and_gradient(model, h.detach(), target, tokens, objective, columns=3)
-        expected.backward()
-        torch.testing.assert_close(loss.double(), expected.detach(), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(gradient, h.grad, atol=1e-5, rtol=1e-5)
+        losses = {
+            "ce": -q[torch.arange(8), tokens].log(),
+            "kl": (p * (p / q).log()).sum(1),
+            "tv": (p - q).abs().sum(1) / 2,
+        }
+        expected, = torch.autograd.grad(losses[objective].mean(), h)
+        loss = code.train_lookahead.backward(model, h, tokens, objective, model, target, columns=3)
+        torch.testing.assert_close(loss.double(), losses[objective].mean().detach(),
+                                   atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(h.grad, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["ce", "kl", "tv"])
@@ -56,8 +68,8 @@ def test_gradient_is_that_of_the_objective(objective):
 
 
 def check_columns(code):
-    """A group trained after n tokens of a text gives the q that the sampler drafts from after those n
-    tokens, and the p that judges them."""
+    """A group trained after n tokens of a text gives the q that the sampler drafts from after those
+    n tokens, and the p that judges them."""
     train_module, g = code.train_lookahead, torch.Generator().manual_seed(0)
     model = code.tiny(30)
     raw = code.random_lookahead(model, 3)
@@ -81,8 +93,8 @@ def check_columns(code):
             drawn = iter(given[1:].tolist() + [0])
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(code.lookahead, "draw", lambda q, u: torch.tensor([[next(drawn)]]))
-                drafted = lookahead.draft(
-                    model, s.params, states, model.logits(states), given[:1][None], torch.rand(1, 3))[1]
+                u, logits = torch.rand(1, 3), model.logits(states)
+                drafted = lookahead.draft(model, s.params, states, logits, given[:1][None], u)[1]
         torch.testing.assert_close(
             drafted[0], q[row, group], msg="the sampler drafts from other q than were trained")
         whole = model(text[row:row + 1], code.model.Cache(model, 1, 12))
@@ -96,6 +108,35 @@ def test_trained_columns_are_the_columns_of_the_sampler():
     check_columns(REAL)
 
 
+def check_expected(code):
+    """E[accepted drafts] as measured on texts, against the sum over all first drafts x and second
+    drafts y: sum_x m1(x) (1 + sum_y m2(y) (1 + sum_z m3(z))), m = min(p, q) after x and y."""
+    model, g = code.tiny(4), torch.Generator().manual_seed(3)
+    lookahead = code.random_lookahead(model, 3).ready(model)
+    train_module, n = code.train_lookahead, code.train_lookahead.PROMPT
+    text = torch.randint(4, (1, n + 4), generator=g).repeat(16, 1)
+    x, y = torch.arange(16) // 4, torch.arange(16) % 4
+    text[:, n + 1] = x  # what LA_1 guesses
+    text[:, n + 2] = y
+    with torch.no_grad():
+        by_rank, chain = train_module.measure(
+            model, lookahead, code.pass_sampler.Params(1), text, 0, g, ranks=2)
+        places, offset = torch.full((16, 1), n), torch.zeros(16, dtype=torch.long)
+        read = train_module.prefix(model, text, offset, 3)
+        h, target, _ = train_module.states(model, lookahead, text, places, offset, *read)
+        p, q = (model.logits(states).softmax(-1).view(16, 3, 4) for states in (target, h))
+    both, rows = torch.minimum(p, q), torch.arange(16)
+    torch.testing.assert_close(by_rank[:, :, 0], both.sum(2))
+    after_y = both[rows, 1, y] * (1 + both[:, 2].sum(1))
+    after_x = both[::4, 0].diagonal() * (1 + after_y.view(4, 4).sum(1))
+    weight = p[rows, 0, x] * p[rows, 1, y]
+    torch.testing.assert_close((weight * chain).sum(), after_x.sum())
+
+
+def test_expected_drafts_are_those_of_a_chain():
+    check_expected(REAL)
+
+
 def test_attention_for_training_is_the_attention_of_sampling():
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, generator=g) for n in (4, 6, 6))
@@ -105,48 +146,63 @@ def test_attention_for_training_is_the_attention_of_sampling():
 
 
 def test_positions_may_be_shifted_together():
-    """Rotary attention is relative: without memory a common offset changes nothing; the memory is not rotated, so it does."""
+    """Rotary attention is relative: without memory a common offset changes nothing; the memory is
+    not rotated, so it does."""
     model, g = tiny(30), torch.Generator().manual_seed(0)
     text, places = torch.randint(30, (1, 12), generator=g), torch.tensor([[2, 7]])
-    for lookahead, same in ((Lookahead(random_lookahead(model, 2).embeddings), True),
-                            (random_lookahead(model, 2), False)):
-        a, b = (train_lookahead.states(model, lookahead, text, places, offset, *train_lookahead.prefix(model, text, offset, 4))[0]
-                for offset in (torch.tensor([0]), torch.tensor([40])))
-        assert torch.allclose(a, b, atol=1e-4) == same
+    plus = random_lookahead(model, 2)
+    for lookahead, same in ((Lookahead(plus.embeddings), True), (plus, False)):
+        h = []
+        for offset in (torch.tensor([0]), torch.tensor([40])):
+            read = train_lookahead.prefix(model, text, offset, 4)
+            h.append(train_lookahead.states(model, lookahead, text, places, offset, *read)[0])
+        assert torch.allclose(*h, atol=1e-4) == same
 
 
 def check_frozen(code):
-    """Two steps of training leave every weight of the model as it was, and change every part of the look-ahead."""
-    model, pool = code.tiny(30, context=200), torch.randint(30, (900,), generator=torch.Generator().manual_seed(0))
-    before, table = copy.deepcopy(model.state_dict()), {"1.0": {"by_position": [], "expected": 0}}
-    code.train_lookahead.own_texts, code.train_lookahead.evaluate = (lambda *_, **__: None), (lambda *_, **__: table)
-    with tempfile.TemporaryDirectory() as folder:
-        args = SimpleNamespace(length=2, memory=2, head=3, batch=8, objective="tv", seed=0, steps=2, resume=False,
-                               out=Path(folder) / "file")
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            code.train_lookahead.train(args, model, pool, pool, {})
-        trained = load_file(args.out)
-    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items()), "a frozen weight moved"
-    start = code.train_lookahead.initial(model, pool, 2, 2, 3, 0)
-    assert all(not torch.equal(trained[name], part.bfloat16()) for name, part in start.items()), "a part was not trained"
+    """Two steps of training leave every weight of the model as it was, and change every part of
+    the look-ahead."""
+    train_module, g = code.train_lookahead, torch.Generator().manual_seed(0)
+    model, pool = code.tiny(30, context=200), torch.randint(30, (900,), generator=g)
+    before = copy.deepcopy(model.state_dict())
+    table = {"1.0": {"by_position": [], "expected": 0}}
+    train_module.own_texts = lambda *_, **__: None
+    train_module.evaluate = lambda *_, **__: table
+    args = dict(length=2, memory=2, head=3, batch=8, objective="tv", seed=0, steps=2, resume=False,
+                process=0, processes=1)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        out = Path(folder) / "file"
+        with contextlib.redirect_stderr(io.StringIO()):
+            train_module.train(SimpleNamespace(out=out, **args), model, pool, pool)
+        trained = load_file(out)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), f"a frozen weight moved: {name}"
+    for name, part in train_module.initial(model, pool, 2, 2, 3, 0).items():
+        assert not torch.equal(trained[name], part.bfloat16()), f"{name} was not trained"
 
 
-def arguments(folder, data, out, *more):
-    return ["--model", folder, "--data", data, "--length", 2, "--memory", 3, "--head", 4, "--out", out, *more]
+# -------------------------------------------------- the script
 
-
-def train(capsys, *words):
+def train(capsys, folder, data, out, *more):
+    words = ["--model", folder, "--data", data, *SMALL, "--out", out, *more]
     return run_main(train_lookahead, capsys, *words)
 
 
 def test_trains_the_lookahead_and_nothing_else(folder, data, tmp_path, capsys, monkeypatch):
     models, load = [], Llama.load.__func__
-    monkeypatch.setattr(Llama, "load", classmethod(lambda cls, *a, **k: models.append(load(cls, *a, **k)) or models[0]))
-    code, out, err = train(capsys, *arguments(folder, data, tmp_path / "a.safetensors", "--steps", 200, "--objective", "kl"))
-    assert code == 0 and "a.safetensors: 200 steps" in out, err
+
+    def kept(cls, *words, **more):
+        models.append(load(cls, *words, **more))
+        return models[-1]
+
+    monkeypatch.setattr(Llama, "load", classmethod(kept))
+    out = tmp_path / "a.safetensors"
+    code, said, err = train(capsys, folder, data, out, "--steps", 200, "--objective", "kl")
+    assert code == 0 and "a.safetensors: 200 steps" in said, err
     before = load_file(folder / "model.safetensors")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in models[0].named_weights().items()), "a frozen weight moved"
-    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+    for name, tensor in models[0].named_weights().items():
+        assert torch.equal(tensor, before[name]), "a frozen weight moved"
+    with safe_open(out, "pt") as file:
         about = json.loads(file.metadata()["lookahead"])
         assert sorted(file.keys()) == ["embeddings", "head_in", "head_out", "memory"]
         assert file.get_tensor("head_out").abs().max() > 0
@@ -154,23 +210,21 @@ def test_trains_the_lookahead_and_nothing_else(folder, data, tmp_path, capsys, m
     assert list(trained) == ["0.0", "0.6", "1.0"] and len(trained["1.0"]["by_rank"]) == 2
     for row in trained.values():  # a first draft is one candidate; more of them can only help
         for share, ranks in zip(row["by_position"], row["by_rank"]):
-            assert abs(share - ranks[0]) < 2e-4 and ranks == sorted(ranks) and len(ranks) == 5
+            assert share == ranks[0] and ranks == sorted(ranks) and len(ranks) == 5
     assert about["settings"]["objective"] == "kl" and about["steps"] == 200
-    train(capsys, *arguments(folder, data, tmp_path / "b.safetensors", "--steps", 1, "--objective", "kl"))
-    with safe_open(tmp_path / "b.safetensors", "pt") as file:
-        untrained = json.loads(file.metadata()["lookahead"])["acceptance"]
-    assert trained["1.0"]["by_position"][0] > untrained["1.0"]["by_position"][0] + 0.02
-    assert [name.name for name in tmp_path.iterdir() if "checkpoint" in name.name or "tmp" in name.name] == []
-    code, out, _ = train(capsys, "--model", folder, "--data", data, "--evaluate", "mean", tmp_path / "a.safetensors")
-    assert code == 0 and [line.split(" | ")[0] for line in out.splitlines()[2:]] == ["| mean", "| a"]
+    lines = [json.loads(line) for line in open(tmp_path / "a.safetensors.jsonl")]
+    assert [line["step"] for line in lines] == [*range(0, 201, 20)]
+    assert lines[-1]["acceptance"] == trained and lines[-1]["loss"] < lines[1]["loss"]
+    first, last = (line["acceptance"]["1.0"]["by_position"][0] for line in (lines[0], lines[-1]))
+    assert last > first + 0.02
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 KILL = """
 import os, signal, sys
 import train_lookahead as t
-from files import run_script
 import files
-t.CHECKPOINT_SECONDS, t.STEPS, save, calls = 0, 2, files.save_file, []
+t.CHECKPOINT_SECONDS, t.READ_FOR, save, calls = 0, 2, files.save_file, []
 def dies_in_the_middle_of_a_write(tensors, path, metadata):
     save(tensors, path, metadata)
     calls.append(path)
@@ -179,86 +233,126 @@ def dies_in_the_middle_of_a_write(tensors, path, metadata):
             file.truncate(os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 files.save_file = dies_in_the_middle_of_a_write
-run_script(t.main)
+files.run_script(t.main)
 """
+
+
+def measured(path):
+    """The lines of a .jsonl file without the time, which differs."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_killed_and_resumed_ends_bit_for_bit_the_same(folder, data, tmp_path, capsys, monkeypatch):
+    """Killed after step 3 of 8 where texts serve for two steps: the run goes on amid them and reads
+    new ones."""
+    monkeypatch.setattr(train_lookahead, "READ_FOR", 2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    code, _, err = train(capsys, folder, data, whole, "--steps", 8, "--resume")
+    assert code == 0 and "going on from step 0" in err
+    (tmp_path / "ordinary").touch()
+    assert whole.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = ["--model", folder, "--data", data, *SMALL, "--out", parts, "--steps", 8]
+    command = [sys.executable, "-c", KILL, *map(str, words)]
+    killed = subprocess.run(command, env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL and not parts.exists()
+    assert (tmp_path / "parts.checkpoint").exists()
+    monkeypatch.setattr(train_lookahead, "TEMPERATURES", (0.0, 0.6, 1.0))  # as in that process
+    code, out, err = train(capsys, folder, data, parts, "--steps", 8, "--resume")
+    assert code == 0 and "8 steps" in out and "going on from step 3" in err
+    a, b = load_file(whole), load_file(parts)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    lines = [[(line["step"], line["loss"], line["acceptance"]["1.0"]) for line in measured(path)]
+             for path in (tmp_path / "whole.jsonl", tmp_path / "parts.jsonl")]
+    assert lines[0] == lines[1]
 
 
 def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_killed_and_resumed_ends_bit_for_bit_the_same(folder, data, tmp_path, capsys, monkeypatch):
-    """Killed after step 3 of 8 where texts serve for two steps: the run goes on amid them and reads new ones."""
-    monkeypatch.setattr(train_lookahead, "STEPS", 2)
-    words = lambda out: [str(w) for w in arguments(folder, data, tmp_path / out, "--steps", 8)]
-    code, _, err = train(capsys, *words("undisturbed"), "--resume")
-    assert code == 0 and "nothing to resume" in err
-    (tmp_path / "ordinary").touch()
-    assert (tmp_path / "undisturbed").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", KILL, *words("killed")], env=environment, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "killed").exists() and (tmp_path / "killed.checkpoint").exists()
-    code, out, err = train(capsys, *words("killed"), "--resume")
-    assert code == 0 and "8 steps" in out and "step 3, " in err and "step 0, " not in err
-    assert digest(tmp_path / "killed") == digest(tmp_path / "undisturbed")
+def test_the_same_command_gives_the_same_file(folder, data, tmp_path, capsys):
+    for name in "ab":
+        train(capsys, folder, data, tmp_path / name, "--steps", 3)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
 def test_texts_are_read_anew_and_places_used_once(folder, data, tmp_path, capsys, monkeypatch):
-    seen, backward = [], train_lookahead.backward
-    monkeypatch.setattr(train_lookahead, "STEPS", 3)
-    monkeypatch.setattr(train_lookahead, "backward", lambda model, parts, objective, text, places, *more: seen.append((text, places))
-                        or backward(model, parts, objective, text, places, *more))
-    train(capsys, *arguments(folder, data, tmp_path / "out", "--steps", 6, "--batch", 5))
+    seen, states = [], train_lookahead.states
+
+    def noted(model, lookahead, text, places, *more):
+        if torch.is_grad_enabled():
+            seen.append((text, places))
+        return states(model, lookahead, text, places, *more)
+
+    monkeypatch.setattr(train_lookahead, "READ_FOR", 3)
+    monkeypatch.setattr(train_lookahead, "states", noted)
+    train(capsys, folder, data, tmp_path / "out", "--steps", 6, "--batch", 5)
     texts = [text.tolist() for text, _ in seen]
-    assert len(texts[0]) == 5 and texts[0] == texts[1] == texts[2] != texts[3] == texts[4] == texts[5]
+    assert len(texts[0]) == 5
+    assert texts[0] == texts[1] == texts[2] != texts[3] == texts[4] == texts[5]
     for row in torch.cat([places for _, places in seen[:3]], 1).tolist():
-        assert len(set(row)) == 3 * train_lookahead.GROUPS and 1 <= min(row) <= max(row) <= train_lookahead.TEXT - 1 - 2
+        assert len(set(row)) == 3 * train_lookahead.GROUPS
+        assert 1 <= min(row) <= max(row) <= train_lookahead.TEXT - 1 - 2
 
 
 def test_files_that_are_no_text_are_left_out(folder, data, tmp_path):
     tokenizer = load_tokenizer(folder, 320)
-    before = train_lookahead.read_data(tokenizer, [data], "")
+    before = files.read_data(tokenizer, [data], "", 128)
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "12.pyc").write_bytes(b"text\0" * 999)
-    assert all(map(torch.equal, before, train_lookahead.read_data(tokenizer, [tmp_path / "data"], "")))
+    assert all(map(torch.equal, before, files.read_data(tokenizer, [tmp_path / "data"], "", 128)))
 
 
-def test_trains_on_texts_that_the_model_writes(folder, data, tmp_path, capsys, monkeypatch):
-    """As many as were asked for, in equal parts by temperature; the greedy ones are the model's own continuation of their prompts."""
-    written = []
-    monkeypatch.setattr(train_lookahead, "train", lambda args, model, pool, held, settings: written.append((model, pool)))
-    assert train(capsys, *arguments(folder, data, tmp_path / "out", "--from-model", 0, 1, "--texts", 6))[0] == 0
-    (model, pool), = written
-    assert pool.shape == (6, train_lookahead.TEXT) and model.config.stop_tokens == (2,)
-    h = model(pool[:, :-1], Cache(model, 6, train_lookahead.TEXT))
+def test_trains_on_texts_that_the_model_writes(folder, data, tmp_path, capsys):
+    """As many as were asked for, a third per temperature; the greedy ones are the model's own
+    continuation of their prompts. They are for that model alone."""
+    texts = tmp_path / "texts"
+    words = ["--model", folder, "--data", data, "--count", 6, "--out", texts]
+    assert run_main(beyond.own_texts, capsys, *words)[0] == 0
+    model = Llama.load(folder)
+    pool = beyond.own_texts.read_texts(texts, model.config)
+    assert pool.shape == (6, 128) and model.config.stop_tokens == (2,)
+    h = model(pool[:, :-1], Cache(model, 6, 128))
     best = (model.logits(h).argmax(-1) == pool[:, 1:])[:, 47:].float().mean(1)
-    assert (best[:3] > 0.95).all() and (best[3:] < 0.95).all()
+    assert (best[:2] > 0.95).all() and (best[4:] < 0.95).all()
+    code, out, err = train(capsys, folder, data, tmp_path / "out", "--texts", texts, "--steps", 2)
+    assert code == 0 and "2 steps" in out, err
+    for other in (folder / "model.safetensors", tmp_path / "out"):
+        code, _, err = train(capsys, folder, data, tmp_path / "out", "--texts", other)
+        assert code == 2 and "no texts by this model" in err
+    assert run_main(beyond.own_texts, capsys, *words, "--count", 7)[0] == 2
 
 
 def test_two_processes_end_where_one_does(folder, data, tmp_path, capsys):
-    for name, more in (("one", []), ("other", ["--seed", 1])):
-        assert train(capsys, *arguments(folder, data, tmp_path / name, "--steps", 4), *more)[0] == 0
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "train_lookahead.py",
-                    *map(str, arguments(folder, data, tmp_path / "two", "--steps", 4))], check=True, capture_output=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for name, seed in (("one", 0), ("other", 1)):
+        assert train(capsys, folder, data, tmp_path / name, "--steps", 4, "--seed", seed)[0] == 0
+    words = ["--model", folder, "--data", data, *SMALL, "--out", tmp_path / "two", "--steps", 4]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", ROOT / "train_lookahead.py", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
     one, two, other = (load_file(tmp_path / name) for name in ("one", "two", "other"))
     for name in one:  # rounding, in bfloat16, is far from what other texts would have made
-        assert (one[name] - two[name]).float().norm() < 0.1 * (one[name] - other[name]).float().norm(), name
+        rounding = (one[name] - two[name]).float().norm()
+        assert rounding < 0.1 * (one[name] - other[name]).float().norm(), name
 
 
 @pytest.mark.parametrize("change, says", [
-    (["--length", "0"], "must be 1 to 64"), (["--steps", "0"], "must be positive"), (["--data", "nowhere"], "nowhere does not exist"),
-    (["--memory", "9999"], "--memory 0 to"), (["--batch", "0"], "--batch at least 1"), (["--minutes", "nan"], "must be positive"),
-    (["--suffix", ".rs"], "0 files"), (["--out", "/nowhere/file"], "its folder must exist"), (["--evaluate", "nowhere"], "or --evaluate"),
-    (["--from-model", "0.6", "-1"], "temperature and top-k must be"), (["--from-model", "0", "1", "--texts", "1"], "at least one a temperature"),
+    (["--length", "0"], "must be 1 to 64"), (["--steps", "0"], "steps must be 1 to"),
+    (["--data", "nowhere"], "nowhere does not exist"), (["--memory", "9999"], "--memory must be 0"),
+    (["--batch", "0"], "batch must be 1"), (["--suffix", ".rs"], "0 files"),
+    (["--out", "/nowhere/file"], "its folder must exist"),
+    (["--texts", "nowhere"], "cannot read nowhere"),
 ])
 def test_bad_input(change, says, folder, data, tmp_path, capsys):
-    code, out, err = train(capsys, *arguments(folder, data, tmp_path / "out"), *change)
+    code, out, err = train(capsys, folder, data, tmp_path / "out", *change)
     assert code == 2 and says in err and err.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_lookahead_of_another_model_is_refused(folder, data, tmp_path, capsys):
-    train(capsys, *arguments(folder, data, tmp_path / "a.safetensors", "--steps", 1))
+    train(capsys, folder, data, tmp_path / "a.safetensors", "--steps", 1)
     other, tokenizer = tiny(321, dtype=torch.float32), load_tokenizer(folder, 320)
     with pytest.raises(InputError, match="another model"):
         pass_sampler.load_lookahead(tmp_path / "a.safetensors", other, tokenizer)

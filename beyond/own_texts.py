@@ -1,0 +1,72 @@
+"""Texts that the model itself writes: what drafts are judged by, so better to train on than files.
+
+    python -m beyond.own_texts --model DIR --data PATH .. --count 6144 --out TEXTS
+
+Each begins with PROMPT tokens of a file. A third is written at each of TEMPERATURES. Give TEXTS to
+train_lookahead.py or demo/distill.py.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import files
+from files import InputError
+from model import DTYPES, Llama
+from pass_sampler import Params, Sampler
+
+TEXT, PROMPT = 128, 48  # tokens per text, and of those before the model begins
+TEMPERATURES = (0.0, 0.6, 1.0)
+AT_ONCE = 256  # rows
+
+
+def own_texts(model, prompts, temperature, seed, length=TEXT):
+    """Prompts (n,P), each with what the model writes after it: (n,length). It stops at no token."""
+    rows, texts = min(AT_ONCE, len(prompts)), []
+    sampler = Sampler(model, "autoregressive", Params(temperature), rows, length)
+    starts = range(0, len(prompts), rows)
+    for i in tqdm(starts, f"writing at {temperature}", leave=False, disable=None):
+        some = prompts[i:i + rows].tolist()
+        written = sampler.generate(some, length - len(some[0]), seed + i, stop_tokens=())["tokens"]
+        texts += [before + after for before, after in zip(some, written)]
+    return torch.tensor(texts)
+
+
+def read_texts(path, config):
+    """(N,TEXT), of a file that this script made for this model."""
+    with files.open_tensors(path) as file:
+        if (file.metadata() or {}).get("texts") != files.fingerprint(config):
+            raise InputError(f"{path} has no texts by this model: make some with beyond.own_texts")
+        return file.get_tensor("texts").long()
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    files.add_common(parser.add_argument)
+    files.add_data(parser.add_argument)
+    parser.add_argument("--count", type=int, default=6144, help="(default: 6144)")
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    args = parser.parse_args()
+    files.check_seed(args.seed)
+    if args.count % len(TEMPERATURES):
+        raise InputError(f"--count must be a multiple of {len(TEMPERATURES)}, not {args.count}")
+    files.check_number("count", args.count, 2**24)
+    files.check_writable(args.out)
+    device = files.device_named(args.device)
+    model = Llama.load(args.model, DTYPES.get(args.dtype), device, packed=False)
+    tokenizer = files.load_tokenizer(args.model, model.config.vocab_size)
+    tokens, _ = files.read_data(tokenizer, args.data, args.suffix, TEXT)
+    parts = []
+    for i, temperature in enumerate(TEMPERATURES, 1):
+        generator = torch.Generator().manual_seed(args.seed + i)
+        prompts = files.windows(tokens, args.count // len(TEMPERATURES), PROMPT, generator)
+        parts.append(own_texts(model, prompts, temperature, args.seed + i))
+    about = {"texts": files.fingerprint(model.config)}
+    files.write_tensors({"texts": torch.cat(parts).int()}, args.out, about)
+
+
+if __name__ == "__main__":
+    files.run_script(main)
