@@ -26,35 +26,46 @@ MINUTES = 10
 soak: .venv/ready  ## the statistical tests with fresh seeds, for so many MINUTES
 	.venv/bin/python tests/soak.py $(MINUTES)
 
-# $(call measure,NAME,ARGUMENTS) writes demo/results/NAME.md and NAME.json.
-measure = mkdir -p demo/results; $(BENCH) $(2) --json demo/results/$(1).json > .venv/$(1).md \
-	&& mv .venv/$(1).md demo/results
-SHORT = --count 6 --new-tokens 64
+# $(call measure,NAME,ARGUMENTS) leaves OUT/NAME.json.
+OUT = demo/results
+measure = mkdir -p $(OUT); $(BENCH) $(2) --json $(OUT)/$(1).json
 PAPER = pass:unk pass:demo/smollm2-paper.safetensors
-STEPS = $(PAPER) pass:demo/smollm2-tv-memory.safetensors pass fused=1
-PLOT = --plot demo/results
+GGUF = models/smollm2/f16.gguf models/smollm2/q8_0.gguf
 
-bench: .venv/bench models/smollm2/model.safetensors  ## tables and pictures of demo/results
-	$(call measure,smollm2-cost,cost --model models/smollm2 --dtype float16 bfloat16 float32 \
-		$(PLOT)/smollm2-cost.svg)
-	$(call measure,own-cost,cost --model demo/model $(PLOT)/own-cost.svg)
-	$(call measure,smollm2-acceptance,acceptance $(SMOLLM2) $(PLOT)/smollm2-acceptance.svg)
-	$(call measure,own-acceptance,acceptance $(OWN) $(PROMPTS) $(PLOT)/own-acceptance.svg)
-	$(call measure,smollm2-speed,speed $(SMOLLM2) --methods $(STEPS) $(SHORT) \
-		$(PLOT)/smollm2-speed.svg)
-	$(call measure,smollm2-speed-top-k,speed $(SMOLLM2) --top-k 10 --temperatures 0.8 1 $(SHORT))
-	$(call measure,own-speed,speed $(OWN) $(PROMPTS) $(PLOT)/own-speed.svg \
-		--methods pass:unk pass:demo/model/paper.safetensors pass fused=1)
-	$(call measure,smollm2-length,length $(SMOLLM2) --kinds code $(SHORT) \
-		$(PLOT)/smollm2-length.svg)
-	$(call measure,smollm2-length-paper,length --model models/smollm2 \
-		--lookahead demo/smollm2-paper-8.safetensors --kinds code $(SHORT) --temperatures 0 \
-		$(PLOT)/smollm2-length-paper.svg)
-	$(call measure,smollm2-memory,memory --model models/smollm2)
-	$(call measure,smollm2-quality,quality $(SMOLLM2) --count 4 --new-tokens 64)
-	$(call measure,smollm2-humaneval,quality $(SMOLLM2) --problems 6 --samples 10 \
-		--new-tokens 160 --execute)
-	$(call measure,smollm2-peers,peers $(SMOLLM2) --temperatures 0 --count 4 --new-tokens 64)
+bench: .venv/bench models/smollm2/model.safetensors $(GGUF)  ## all that demo/RESULTS.md shows
+	$(call measure,smollm2-cost,cost --model models/smollm2)
+	$(call measure,smollm2-cost-bfloat16,cost --model models/smollm2 --dtype bfloat16)
+	$(call measure,demo-cost,cost --model demo/model)
+	$(call measure,smollm2-acceptance,acceptance $(SMOLLM2) --count 10 --positions 0 900 2900)
+	$(call measure,smollm2-speed,speed $(SMOLLM2) --count 6 --methods $(PAPER) pass fused=1)
+	$(call measure,demo-speed,speed $(OWN) $(PROMPTS) --count 6 \
+		--methods pass:demo/model/paper.safetensors pass fused=1)
+	$(call measure,smollm2-rows,speed $(SMOLLM2) --kinds code --count 16 --new-tokens 32 \
+		--temperatures 0 --rows 1 2 4 8 16)
+	$(call measure,smollm2-length,length $(SMOLLM2) --kinds code --count 4 --temperatures 0 1)
+	$(call measure,smollm2-memory,memory $(SMOLLM2))
+	$(call measure,smollm2-quality,quality $(SMOLLM2) --count 10 --temperatures 0.6 1)
+	$(call measure,smollm2-peers,peers $(SMOLLM2) --kinds code --count 4 --temperatures 0 \
+		--gguf $(GGUF))
+	.venv/bin/python demo/page.py
+
+# On a GPU; `make bench-gpu OUT=FOLDER` leaves the files elsewhere. Eight minutes on an H200.
+WITH_GPU = --device cuda --new-tokens 128
+bench-gpu: .venv/bench models/smollm2/model.safetensors  ## the same on a GPU
+	$(call measure,gpu-cost,cost --model models/smollm2 --device cuda)
+	$(call measure,gpu-cost-1b,cost --shape 1b --device cuda)
+	$(call measure,gpu-cost-7b,cost --shape 7b --device cuda)
+	$(call measure,gpu-speed,speed $(SMOLLM2) $(WITH_GPU) --count 6 \
+		--methods $(PAPER) pass fused=1 fused=3 "tree=0 1 00")
+	$(call measure,gpu-rows,speed $(SMOLLM2) $(WITH_GPU) --kinds code --count 16 \
+		--temperatures 0 --rows 1 2 4 8 16 --methods pass fused=1 fused=3)
+	$(call measure,gpu-memory,memory $(SMOLLM2) --device cuda)
+	$(call measure,gpu-peers,peers $(SMOLLM2) $(WITH_GPU) --kinds code --count 4 --temperatures 0)
+	.venv/bin/python demo/humaneval.py $(SMOLLM2) --device cuda --execute --json \
+		$(OUT)/gpu-humaneval.json
+
+models/smollm2/%.gguf: models/smollm2/model.safetensors demo/to_gguf.py | .venv/extras
+	.venv/bin/python demo/to_gguf.py --model models/smollm2 --type $* --out $@
 
 models/smollm2/model.safetensors: demo/smollm2.py | .venv/extras
 	.venv/bin/python demo/smollm2.py --out $(@D)
@@ -73,6 +84,6 @@ models/smollm2/model.safetensors: demo/smollm2.py | .venv/extras
 	touch $@
 
 help:  ## this list
-	@grep -E '^[a-z0-9]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
 
-.PHONY: bench demo help mutants smollm2 soak test
+.PHONY: bench bench-gpu demo help mutants smollm2 soak test

@@ -8,8 +8,11 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import select
+import shlex
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -175,9 +178,9 @@ def write_tensors(tensors, path, metadata=None):
 
 # -------------------------- options, prompts, text, figures
 
-def add_common(add):
+def add_common(add, model_required=True):
     """The words that scripts share. add: parser.add_argument."""
-    add("--model", type=Path, required=True, help="folder of a Hugging Face LLaMA")
+    add("--model", type=Path, required=model_required, help="folder of a Hugging Face LLaMA")
     add("--dtype", choices=DTYPES, help="of the weights (default: as in the folder)")
     add("--device", help="cpu or cuda (default: a GPU, if there is one)")
     add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
@@ -565,6 +568,44 @@ def from_tokenizers(path, config):
     unk = named_token(config.get("unk_token")) or named_token(raw["model"].get("unk_token"))
     unk = hf.token_to_id(unk) if unk else None
     return Tokenizer(lambda text: hf.encode(text).ids, pieces, unk)
+
+
+def cell(value):
+    if isinstance(value, float):
+        digits = 2 - sum(abs(value) >= bound for bound in (10, 100))
+        return f"{value:.1g}" if 0 < abs(value) < 0.005 else f"{value:.{digits}f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def commit():
+    """The commit of the code; with a + where it has been changed since."""
+    try:
+        words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(words, cwd=Path(__file__).parent, check=True, text=True,
+                              capture_output=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def tell(parts, path):
+    """Print paragraphs (str) and rows of tables (dict) as they come; keep them in a JSON file."""
+    text, rows, columns = [], [], None
+    for part in parts:
+        if isinstance(part, str):
+            text.append(part)
+            columns = None
+            print(f"\n{part}\n", flush=True)
+            continue
+        if list(part) != columns:
+            columns = list(part)
+            print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        rows.append(part)
+        print(f"| {' | '.join(map(cell, part.values()))} |", flush=True)
+    if path:
+        about = {"command": shlex.join(sys.argv), "commit": commit(),
+                 "python": platform.python_version(), "text": text, "rows": rows}
+        content = json.dumps(about, indent=1) + "\n"
+        write_file(path, lambda temporary: temporary.write_text(content))
 
 
 # ------------------------------- training data, checkpoints

@@ -6,7 +6,6 @@ Each begins with PROMPT tokens of a file. A third is written at each of TEMPERAT
 train_lookahead.py or demo/distill.py.
 """
 import argparse
-import json
 from pathlib import Path
 
 import torch

