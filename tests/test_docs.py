@@ -1,20 +1,29 @@
-"""What the pages say of the code is there."""
+"""What the pages say of the code is there: files, targets, commands, the table from papers to code.
+"""
 import ast
+import contextlib
+import importlib
+import io
 import re
+import shlex
+import sys
 
 import pytest
 
 from common import ROOT
 
 README = (ROOT / "README.md").read_text()
-PAGES = README + (ROOT / "beyond" / "README.md").read_text()
+PAGES = {}
+for name in ("README.md", "beyond/README.md", "demo/README.md", "tests/README.md"):
+    PAGES[name] = (ROOT / name).read_text()
+ALL = "\n".join(PAGES.values())
 WALK = re.findall(r"^\|[^|]*\|[^|]*\| `([\w.]+)` \| `(.+)` \|$", README, re.M)  # function, line
 
 
 def functions():
     """{name: source} of the functions and methods, a method by Class.name."""
     found = {}
-    for file in ("model.py", "pass_sampler.py", "train_lookahead.py", "beyond/tree.py"):
+    for file in ("model.py", "pass_sampler.py", "train_lookahead.py"):
         source = (ROOT / file).read_text()
         for node in ast.parse(source).body:
             for inner in [node] + (node.body if isinstance(node, ast.ClassDef) else []):
@@ -31,17 +40,49 @@ def test_walk_through_the_code(function, line):
 
 def test_the_walk_is_whole():
     names = {function for function, _ in WALK}
-    assert len(WALK) >= 12 and {"parallel", "verify", "residual", "loss_of"} <= names
+    assert len(WALK) >= 10 and {"parallel", "verify", "residual", "loss_of"} <= names
 
 
-PATHS = sorted(set(re.findall(r"`((?:demo|tests|beyond)/[\w./-]+|\w+\.py)`", PAGES)))
+def paths():
+    """(page, path) of all files that pages name."""
+    found = set()
+    for page, text in PAGES.items():
+        for path in re.findall(r"`([\w./-]+\.(?:py|md))`|\]\(([\w./-]+)\)", text):
+            found.add((page, "".join(path)))
+    return sorted(found)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_files_exist(path):
-    assert any((ROOT / folder / path).exists() for folder in ("", "tests", "beyond"))
+@pytest.mark.parametrize("page, path", paths())
+def test_files_exist(page, path):
+    assert any((ROOT / folder / path).exists() for folder in ("", page.rpartition("/")[0]))
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"^    make (\w[\w-]*)", PAGES, re.M))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"^    make (\w[\w-]*)", ALL, re.M))))
 def test_targets_exist(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def commands():
+    """Words of each command line of Python on a page, shell variables left out."""
+    found = {}
+    for block in re.findall(r"^    python (?:[^\n]*\\\n)*[^\n]*", ALL, re.M):
+        words = shlex.split(block.replace("\\\n", " "), comments=True)
+        found[" ".join(words[1:])] = words[1:]
+    return found
+
+
+@pytest.mark.parametrize("words", commands().values(), ids=commands().keys())
+def test_commands_have_their_options(words, monkeypatch):
+    """Each script has every option that a page gives it."""
+    if words[0] == "-m":
+        words = [words[1].replace(".", "/") + ".py", *words[2:]]
+    monkeypatch.syspath_prepend(str((ROOT / words[0]).parent))
+    name = words[0].removesuffix(".py").removeprefix("demo/").replace("/", ".")
+    module = importlib.import_module(name)
+    subcommand = words[1:2] if words[0] == "bench.py" else []
+    monkeypatch.setattr(sys, "argv", [words[0], *subcommand, "--help"])
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as ended:
+        module.main()
+    known = set(re.findall(r"--[a-z][\w-]*", said.getvalue()))
+    assert ended.value.code == 0 and {word for word in words if word.startswith("--")} <= known

@@ -1,0 +1,76 @@
+"""A picture of one generation: accepted drafts are marked.
+
+    python demo/generation.py --model DIR --lookahead FILE --prompt TEXT --out FILE.svg
+"""
+import argparse
+import sys
+from html import escape
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import files
+from model import DTYPES, Llama
+from pass_sampler import Params, generate, load_lookahead
+
+COLUMNS, WIDTH, HEIGHT = 88, 8.4, 19  # characters per line; of one, in points
+STYLE = """
+text { font: 14px ui-monospace, Menlo, Consolas, monospace; fill: #1f2328; white-space: pre }
+.prompt { fill: #6e7781 } .draft { fill: #1a7f37; font-weight: bold } .note { font-style: italic }
+@media (prefers-color-scheme: dark) {
+  text { fill: #d1d7e0 } .prompt { fill: #8b949e } .draft { fill: #3fb950 }
+}"""
+
+
+def lines_of(pieces):
+    """Pieces (text, class) of a text as lines, each a list of pieces, wrapped at COLUMNS."""
+    lines, column = [[]], 0
+    for text, kind in pieces:
+        for i, part in enumerate(text.split("\n")):
+            if i or column + len(part) > COLUMNS:
+                lines.append([])
+                column = 0
+            lines[-1].append((part, kind))
+            column += len(part)
+    return lines
+
+
+def picture(lines, note):
+    """The SVG. note: a line below."""
+    rows = []
+    for line in [*lines, [], [(note, "note")]]:
+        spans = "".join(f'<tspan class="{kind}">{escape(part)}</tspan>' for part, kind in line)
+        y = HEIGHT * (len(rows) + 1)
+        rows.append(f'<text x="8" y="{y}" xml:space="preserve">{spans}</text>')
+    width, height = WIDTH * COLUMNS + 16, HEIGHT * (len(rows) + 1)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}">'
+            f"<style>{STYLE}</style>\n" + "\n".join(rows) + "\n</svg>\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    files.add_common(add)
+    add("--lookahead", required=True, metavar="FILE", help="trained")
+    add("--prompt", required=True, help="text to continue")
+    add("--temperature", type=float, default=0.0, help="(default: 0, greedy)")
+    add("--max-new-tokens", type=int, default=160, help="(default: 160)")
+    add("--out", type=Path, required=True, help="SVG file to write")
+    args = parser.parse_args()
+    files.check_writable(args.out)
+    model = Llama.load(args.model, DTYPES.get(args.dtype), files.device_named(args.device))
+    tokenizer = files.load_tokenizer(args.model, model.config.vocab_size)
+    lookahead = load_lookahead(args.lookahead, model, tokenizer)
+    result = generate(model, [tokenizer.encode(args.prompt)], "pass", Params(args.temperature),
+                      args.max_new_tokens, args.seed, lookahead=lookahead)
+    stream, pieces = tokenizer.stream(), [(args.prompt, "prompt")]
+    for token, from_draft in zip(result["tokens"][0], result["from_draft"][0]):
+        pieces.append((stream(token), "draft" if from_draft else "own"))
+    drafts, tokens = sum(result["from_draft"][0]), len(result["tokens"][0])
+    note = (f"{tokens} tokens in {result['passes']} passes; {drafts} of them are accepted drafts. "
+            f"Plain decoding takes {tokens} passes.")
+    files.write_file(args.out, lambda path: path.write_text(picture(lines_of(pieces), note)))
+
+
+if __name__ == "__main__":
+    files.run_script(main)
