@@ -10,7 +10,7 @@
 
 --json FILE keeps the numbers and what they were measured on; `make bench` makes all that
 demo/RESULTS.md shows. --methods takes METHOD[:LOOKAHEAD][=SHAPE], such as pass, fused=1,
-pass:FILE=2, "tree=0 1 00", tree=auto, draft-model=4. Read `interleaved`, `interval`, `compare`, `compared`.
+pass:FILE=2, "tree=0 1 00", tree=auto, draft-model=4. Read `interleaved`, `interval`, `compared`.
 """
 import argparse
 import importlib
@@ -199,21 +199,15 @@ def compared(args, model, tokenizer, methods, peers=None):
 def cost(args):
     """What a pass over T columns costs. The paper assumes: little more than over one."""
     model = random_model(args) if args.shape else load(args)[0]
-    device, columns = model.embedding.device, [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    columns = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
     contexts = [n for n in (128, 2048) if n + 64 <= model.config.context] or [1]
     yield f"{machine(model)}. Median and 95 % interval of {args.rounds} interleaved rounds."
-
-    def one_pass(T, cache, turn):
-        tokens = torch.zeros(1, T, dtype=torch.long, device=device)
-        start = time.perf_counter()
-        model.logits(model(tokens, cache))[0, 0, 0].item()  # waits for a GPU
-        return time.perf_counter() - start
 
     for n in contexts:
         cache = Cache(model, 1, n + 64)
         cache.commit(n)
-        functions = {T: partial(one_pass, T) for T in columns}
-        seconds = interleaved(functions, [cache], args.rounds, f"after {n} tokens")
+        functions = {T: timed_pass(model, cache, T, not args.no_graph) for T in columns}
+        seconds = interleaved(functions, [None], args.rounds, f"after {n} tokens")
         for T in columns:
             middle, low, high = interval(seconds[T] / seconds[1])
             yield {"weights": str(model.dtype)[6:], "after tokens": n, "columns": T,
@@ -222,6 +216,31 @@ def cost(args):
     size = parameters(model) - (0 if model.config.tied else model.embedding.numel())
     read = size * model.dtype.itemsize
     yield f"A pass of one column reads {read / 1e6:.0f} MB of weights."
+
+
+def timed_pass(model, cache, T, graph):
+    """A function(unit, round) -> seconds of a pass over T columns; on a GPU recorded, as steps are.
+    """
+    tokens = torch.zeros(1, T, dtype=torch.long, device=model.embedding.device)
+
+    def run():
+        return model.logits(model(tokens, cache))[0, 0, 0]
+
+    result = run()
+    if graph and tokens.is_cuda:
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            result = run()
+
+    def timed(unit, turn):
+        start = time.perf_counter()
+        if graph and tokens.is_cuda:
+            recorded.replay()
+            result.item()  # waits for the GPU
+        else:
+            run().item()
+        return time.perf_counter() - start
+    return timed
 
 
 SHAPES = {  # LLaMA 2 7B, and TinyLlama 1.1B
@@ -332,36 +351,10 @@ def peak(device, work):
         raise InputError(f"peak memory cannot be measured here: {error}") from None
 
 
-def two_sample(a, b, rounds=9999):
-    """p-value of a permutation test of equal means. a, b (prompts,samples): under the null
-    hypothesis, that all samples of a prompt come from one distribution, any exchange between a and
-    b within a prompt is as likely."""
-    both, n = torch.cat([a, b], 1).double(), a.shape[1]
-    order = torch.rand(rounds, *both.shape, generator=torch.Generator().manual_seed(0)).argsort(2)
-    shuffled = both.expand(rounds, -1, -1).gather(2, order)
-    gap, gaps = ((x[..., :n].mean((-2, -1)) - x[..., n:].mean((-2, -1))).abs()
-                 for x in (both, shuffled))
-    return (1 + (gaps >= gap - 1e-12).sum().item()) / (1 + rounds)
-
-
-def power(a, shift):
-    """The chance that `two_sample` finds, at 0.05, a shift of the mean of a (prompts,samples)."""
-    error = (2 * a.var(1).mean() / a.numel()).sqrt().clamp(min=1e-12)
-    return statistics.NormalDist().cdf(shift / error.item() - 1.96)
-
-
-def figures(model, prompt, text):
-    """What a sample is judged by: mean log p, and % of distinct pairs."""
-    tokens = torch.tensor([prompt + text], device=model.embedding.device)
-    h = model(tokens[:, :-1], Cache(model, 1, tokens.shape[1]))[0, len(prompt) - 1:]
-    log_p = model.logits(h).float().log_softmax(-1).gather(1, tokens[0, len(prompt):, None])
-    pairs = list(zip(text, text[1:]))
-    return log_p.mean().item(), 100 * len(set(pairs)) / max(1, len(pairs))
-
-
 @torch.inference_mode()
 def quality(args):
-    """Samples of plain decoding and of each method, compared."""
+    """Samples of plain decoding and of each method, compared (demo/samples.py)."""
+    from demo.samples import figures, power, two_sample
     model, tokenizer = load(args)
     prompts = read_prompts(args, model, tokenizer)
     yield f"{described(args, model, prompts)} {args.samples} samples of each."
@@ -423,7 +416,7 @@ OPTIONS = {
 TEXTS = "lookahead prompts kinds count new-tokens temperatures "
 DECODING = TEXTS + "draft-model top-k rounds no-graph "
 COMMANDS = {
-    cost: "shape rounds",
+    cost: "shape rounds no-graph",
     acceptance: TEXTS + "positions",
     speed: DECODING + "methods rows",
     length: DECODING + "columns",

