@@ -33,7 +33,7 @@ from model import DTYPES, Cache, Llama
 from pass_sampler import Params, probs
 
 GROUPS = 4  # M, per text and step
-READ_FOR = 16  # steps: reading texts costs more than a step on them, at other places each time
+READ_FOR = 16  # steps, each at other places: reading texts costs more than one
 RATES = {"embeddings": 0.02, "memory": 0.02, "head_in": 0.003, "head_out": 0.003}
 EVALUATIONS = 10  # per run
 CHECKPOINT_SECONDS = 20
@@ -57,14 +57,14 @@ def states(model, lookahead, text, places, offset, cache, target):
     """Put M groups of look-ahead tokens after M places of each text, in one block.
 
     text (B,T). places (B,M): how many tokens of the text a group follows. offset (B,): added to all
-    positions; the memory's keys are not rotated, so it must be trained at all distances. cache,
+    positions, since the memory's keys are not rotated: it is trained at all distances. cache,
     target: of `prefix`. Returns the columns' states h (N,D), whence q; the model's own at the same
     places (N,D), whence p; and the tokens (N,) that stand there.
     """
     M, L = places.shape[1], len(lookahead.embeddings)
     if lookahead.memory is not None:
         cache = cache.with_memory(lookahead.memory)
-    # LA_j, after n tokens, stands where x_{n+j} does and guesses x_{n+j+1}. As an index from 0:
+    # LA_j, after n tokens, stands where x_{n+j} does and guesses x_{n+j+1}. From 0:
     here = (places[:, :, None] + torch.arange(L, device=text.device)).flatten(1)  # (B,M*L)
     # A group sees the memory, the text up to its place, and itself, causally.
     start = cache.memory + text.shape[1]
@@ -98,10 +98,10 @@ def loss_of(objective, logits, tokens, p):
 
 
 def backward(model, h, tokens, objective, teacher=None, target=None, columns=64):
-    """Add the gradients of the mean loss over h (N,D); return the loss, a tensor.
+    """Add the gradients of the mean loss over h (N,D); return it, a tensor.
 
-    p comes from the teacher's states target (N,D). In pieces of some columns, each back to h
-    before the next begins: (N,V) in float32, several times, would not fit.
+    p comes from the teacher's states target (N,D). In pieces of some columns, each back to h before
+    the next begins: (N,V) in float32 would not fit.
     """
     total, gradient = 0.0, []
     for start in range(0, len(h), columns):
@@ -140,7 +140,7 @@ def measure(model, lookahead, params, text, position, generator, ranks):
 
 @torch.no_grad()
 def evaluate(model, lookahead, texts, position=0, ranks=5):
-    """Acceptance on texts {temperature: (n,T)} that the model wrote itself.
+    """Acceptance on texts {temperature: (n,T)} that the model wrote.
 
     Per temperature: by_position, the probability that a draft is accepted if those before it were;
     expected, the accepted drafts of a chain; by_rank [position][k], see `cover`.
@@ -158,18 +158,13 @@ def evaluate(model, lookahead, texts, position=0, ranks=5):
     return table
 
 
-def show(table):
-    """Of the table of `evaluate`, what is expected."""
-    return ", ".join(f"{row['expected']:.3f} accepted at {t}" for t, row in table.items())
-
-
 # ----------------------------------------------------------- training
 
 def initial(model, tokens, length, memory, rank, seed):
     """{name: float32 parameter} before training.
 
     Embeddings: the mean of all tokens, a guess that knows nothing. Memory: keys and values of a
-    real text. Head: head_out is 0, so it begins as no correction.
+    real text. Head: head_out is 0, no correction yet.
     """
     c, device = model.config, model.embedding.device
     generator = torch.Generator().manual_seed(seed)
@@ -193,9 +188,9 @@ def rate(step, steps):
 
 
 def batches(model, pool, args, first):
-    """For each step from `first` on this process's columns, as `states` takes them.
+    """For each step from `first` on: this process's columns, as `states` takes them.
 
-    pool: tokens (N,) to cut texts from, or texts (N,TEXT). Texts serve for READ_FOR steps.
+    pool: tokens (N,) to cut texts from, or texts (N,TEXT).
     """
     share = args.batch // args.processes
     mine = slice(args.process * share, (args.process + 1) * share)
@@ -217,7 +212,7 @@ def batches(model, pool, args, first):
 
 
 def train_step(model, parts, optimizer, objective, scale, columns):
-    """One step of Adam on the columns, as `states` takes them; returns the loss, a tensor."""
+    """One step of Adam on the columns of `states`; returns the loss, a tensor."""
     lookahead = LookaheadPlus(**{name: p.to(model.embedding) for name, p in parts.items()})
     h, target, tokens = states(model, lookahead, *columns)
     loss = backward(model, h, tokens, objective, model, target)
@@ -245,11 +240,12 @@ def record(model, parts, texts, state, out, ranks):
         "loss": sum(losses) / max(1, len(losses)), "acceptance": table})
     lines = "".join(json.dumps(line) + "\n" for line in state["measured"])
     files.write_file(beside(out, "jsonl"), lambda path: path.write_text(lines))
-    tqdm.write(f"step {state['step']}: {show(table)}", file=sys.stderr)
+    expected = ", ".join(f"{row['expected']:.3f} at {t}" for t, row in table.items())
+    tqdm.write(f"step {state['step']}: {expected} drafts accepted", file=sys.stderr)
 
 
 def train(args, model, pool, held):
-    """Train, and write args.out. pool: as in `batches`. held (N,): tokens, for evaluation."""
+    """Train, and write args.out. pool: as in `batches`; held (N,): to evaluate."""
     settings = {name: str(value) for name, value in vars(args).items() if name not in MOVABLE}
     settings["model"] = files.fingerprint(model.config)
     settings["tokens"] = hashlib.sha256(pool.numpy().tobytes()).hexdigest()[:16]
@@ -261,7 +257,7 @@ def train(args, model, pool, held):
     if args.resume and checkpoint.exists():
         state = files.read_checkpoint(checkpoint, settings, parts, moments)
     if args.resume and first:
-        tqdm.write(f"going on from step {state['step']}", file=sys.stderr)
+        print(f"going on from step {state['step']}", file=sys.stderr)
     if first:  # of the processes: it measures and writes
         prompts = files.windows(held, 32, PROMPT, torch.Generator().manual_seed(args.seed))
         texts = {t: own_texts(model, prompts, t, args.seed, length=160) for t in TEMPERATURES}
@@ -288,14 +284,13 @@ def train(args, model, pool, held):
                 saved = state["seconds"]
     if first:
         record(model, parts, texts, state, args.out, ranks=5)
-        table = state["measured"][-1]["acceptance"]
         about = {"model": settings["model"], "settings": settings, "steps": args.steps,
-                 "acceptance": table}
+                 "acceptance": state["measured"][-1]["acceptance"]}
         # One entry: safetensors writes several in random order.
         files.write_tensors({name: p.to(torch.bfloat16) for name, p in parts.items()}, args.out,
                             {"lookahead": json.dumps(about)})
         checkpoint.unlink(missing_ok=True)
-        print(f"{args.out}: {args.steps} steps, {state['seconds'] / 60:.1f} min; {show(table)}")
+        print(f"{args.out}: {args.steps} steps, {state['seconds'] / 60:.1f} min")
 
 
 # ------------------------------------------------------- command line
@@ -311,10 +306,10 @@ def parse():
     add("--length", type=int, default=4, help="look-ahead tokens L (default: 4)")
     add("--head", type=int, default=0, help="rank of the draft head (default: 0, none)")
     add("--memory", type=int, default=0, help="memory slots R (default: 0)")
-    add("--batch", type=int, default=8, help="texts per step, of all processes (default: 8)")
+    add("--batch", type=int, default=8, help="texts per step (default: 8)")
     add("--steps", type=int, default=1000, help="(default: 1000)")
     add("--out", type=Path, required=True, help="file to write")
-    add("--resume", action="store_true", help="go on from the checkpoint, if there is one")
+    add("--resume", action="store_true", help="from the checkpoint, if there is one")
     parser.set_defaults(process=0, processes=1)  # which of how many, of torchrun's
     args = parser.parse_args()
     files.check_seed(args.seed)
@@ -327,13 +322,13 @@ def parse():
 
 
 def join_processes(args):
-    """Under torchrun, become one of its processes, with a device of its own."""
+    """Become one of torchrun's processes, with a device of its own."""
     if args.device == "cuda" or args.device is None and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     dist.init_process_group("gloo" if args.device in (None, "cpu") else "nccl")
     args.process, args.processes = dist.get_rank(), dist.get_world_size()
     if args.batch % args.processes:
-        raise InputError(f"{args.processes} processes cannot share --batch {args.batch} evenly")
+        raise InputError(f"{args.processes} processes cannot share {args.batch} texts evenly")
 
 
 def main():
@@ -343,8 +338,8 @@ def main():
     device = files.device_named(args.device)
     model = Llama.load(args.model, DTYPES.get(args.dtype), device, packed=False)
     if model.config.context < TEXT:
-        raise InputError(f"the model's context, {model.config.context}, is shorter than the texts "
-                         f"to train on, {TEXT}")
+        raise InputError(f"the model's context of {model.config.context} is shorter than {TEXT}, "
+                         f"the texts to train on")
     tokenizer = files.load_tokenizer(args.model, model.config.vocab_size)
     pool, held = files.read_data(tokenizer, args.data, args.suffix, TEXT)
     if args.texts:
@@ -353,7 +348,7 @@ def main():
         train(args, model, pool, held)
     except KeyboardInterrupt:
         if beside(args.out, "checkpoint").exists():
-            tqdm.write("stopped: go on with the same command and --resume", file=sys.stderr)
+            print("stopped: go on with the same command and --resume", file=sys.stderr)
         raise
     if dist.is_initialized():
         dist.barrier()  # the first process still evaluates and writes

@@ -3,8 +3,8 @@ too; decisions are those of the CPU; training runs. Skipped where there is no GP
 import pytest
 import torch
 
-import pass_sampler
 import bench
+import pass_sampler
 import train_lookahead
 from beyond.tree import Shape, verify_tree
 from common import run_main
