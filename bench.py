@@ -377,8 +377,8 @@ def quality(args):
             for j, what in enumerate(("log p", "pairs %")):
                 a, b = plain[..., j], values[..., j]
                 row[what] = b.mean().item()
-                row[f"p-value, {what}"] = two_sample(a, b) if number else ""
-                row[f"power, {what}"] = power(a, 0.05 * a.mean().abs().item()) if number else ""
+                row[f"p-value ({what})"] = two_sample(a, b) if number else ""
+                row[f"power ({what})"] = power(a, 0.05 * a.mean().abs().item()) if number else ""
             yield row
 
 

@@ -98,7 +98,7 @@ def loss_of(objective, logits, tokens, p):
 
 
 def backward(model, h, tokens, objective, teacher=None, target=None, columns=64):
-    """Add the gradients of the mean loss over h (N,D); return it, a tensor.
+    """Add the gradients of the mean loss over h (N,D), and return it.
 
     p comes from the teacher's states target (N,D). In pieces of some columns, each back to h before
     the next begins: (N,V) in float32 would not fit.

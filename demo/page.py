@@ -56,12 +56,15 @@ def table(shape, name, words):
     if shape == "projection":
         return said + projection(result["rows"], words) + "\n"
     parts = [*words.split(";"), ""]
+    columns = split(parts[0])
     conditions = dict(word.split("=", 1) for word in split(parts[2 if shape == "grid" else 1]))
-    rows = [row for row in result["rows"] if all(
-        key in row and cell(row[key]) == value for key, value in conditions.items())]
+    rows = []
+    for row in result["rows"]:
+        fits = all(cell(row.get(key, "")) == value for key, value in conditions.items())
+        if fits and all(column in row for column in columns):
+            rows.append(row)
     if not rows:
         raise InputError(f"no row of {name}.json fits {words}")
-    columns = split(parts[0])
     if shape == "rows":
         lines = [[with_interval(row, column) for column in columns] for row in rows]
         heads = columns

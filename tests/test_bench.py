@@ -200,9 +200,9 @@ def test_quality(call):
     out, rows = call("quality", "--kinds", "code", "--count", 2, "--samples", 6, "--new-tokens", 9,
                      "--temperatures", 1)
     assert [row["method"] for row in rows] == ["autoregressive", "pass", "fused=1"]
-    assert rows[0]["p-value, log p"] == ""
+    assert rows[0]["p-value (log p)"] == ""
     for row in rows[1:]:
-        assert 1e-4 <= row["p-value, log p"] <= 1 and 0 < row["power, log p"] <= 1
+        assert 1e-4 <= row["p-value (log p)"] <= 1 and 0 < row["power (log p)"] <= 1
 
 
 def test_quality_sees_what_differs(call, monkeypatch):
@@ -220,7 +220,7 @@ def test_quality_sees_what_differs(call, monkeypatch):
     monkeypatch.setattr(Sampler, "generate", colder)
     words = ["quality", "--kinds", "code", "--temperatures", 1]
     out, rows = call(*words, "--count", 3, "--samples", 8, "--new-tokens", 30)
-    assert rows[1]["p-value, log p"] < 0.01 < rows[2]["p-value, log p"]
+    assert rows[1]["p-value (log p)"] < 0.01 < rows[2]["p-value (log p)"]
     out, rows = call(*words, "--count", 1, "--samples", 1, "--new-tokens", 9, "--methods")
     model, prompt, text = seen["autoregressive"]
     log_p = whole(model, prompt + text).log_softmax(-1)[len(prompt) - 1:-1]

@@ -15,6 +15,7 @@ from files import InputError, load_tokenizer
 from model import Config, Llama, packs
 
 tokenizers = pytest.importorskip("tokenizers")
+DEFAULT = {"rope_type": "default"}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
 
@@ -33,10 +34,11 @@ def config(tmp_path, remove=(), **changes):
     ({}, 1e4, "default"),
     ({"rope_theta": 500}, 500, "default"),
     ({"rope_theta": None}, 1e4, "default"),
-    ({"rope_theta": 100, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, "default"),
-    ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, "default"),
-    ({"rope_theta": 100, "rope_parameters": {"rope_type": "default"}}, 100, "default"),
-    ({"rope_theta": 100, "rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 7}}, 100, "llama3"),
+    ({"rope_theta": 100, "rope_parameters": DEFAULT | {"rope_theta": 5e5}}, 5e5, "default"),
+    ({"rope_theta": None, "rope_parameters": DEFAULT | {"rope_theta": 5e5}}, 5e5, "default"),
+    ({"rope_theta": 100, "rope_parameters": DEFAULT}, 100, "default"),
+    ({"rope_theta": 100, "rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 7}},
+     100, "llama3"),
     ({"rope_scaling": LLAMA3 | {"rope_theta": 9}, "rope_parameters": None}, 9, "llama3"),
     ({"rope_scaling": None, "rope_parameters": LLAMA3 | {"rope_theta": 9}}, 9, "llama3"),
     ({"rope_scaling": {"type": "linear", "factor": 4}}, 1e4, "linear"),
@@ -50,9 +52,10 @@ def test_rotary_keys(changes, theta, scaling, tmp_path):
 
 @pytest.mark.parametrize("changes", [
     {"rope_scaling": "linear"}, {"rope_scaling": [1]}, {"rope_scaling": {"rope_type": ["linear"]}},
-    {"rope_scaling": {"type": "linear", "factor": 10**400}}, {"torch_dtype": ["float16"], "dtype": None},
-    {"dtype": {"a": 1}}, {"rope_theta": 10**400}, {"rope_theta": True}, {"rope_parameters": {"rope_theta": "x"}},
-    {"eos_token_id": [[1]]}, {"hidden_size": 2**31}])
+    {"rope_scaling": {"type": "linear", "factor": 10**400}},
+    {"torch_dtype": ["float16"], "dtype": None}, {"dtype": {"a": 1}}, {"rope_theta": 10**400},
+    {"rope_theta": True}, {"rope_parameters": {"rope_theta": "x"}}, {"eos_token_id": [[1]]},
+    {"hidden_size": 2**31}])
 def test_values_of_a_wrong_type(changes, tmp_path):
     with pytest.raises(InputError, match="config.json"):
         config(tmp_path, **changes)
@@ -98,7 +101,8 @@ def test_what_does_not_fit_float16_stays_float32(large, tmp_path):
     raw = json.loads((FIXTURE / "untied" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"dtype": "bfloat16"}))
     weights = load_file(FIXTURE / "untied" / "model.safetensors")
-    weights["lm_head.weight"][3], weights["lm_head.weight"][4] = large, large / 2
+    weights["lm_head.weight"][3] = large
+    weights["lm_head.weight"][4] = large / 2
     weights = {name: w.bfloat16() for name, w in weights.items()}
     save_file(weights, tmp_path / "model.safetensors")
     packed = Llama.load(tmp_path)
@@ -119,7 +123,8 @@ def test_git_lfs_pointers(folder, tmp_path, capsys):
 
 def byte_level(tmp_path, **more):
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    hf = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)} | more, []))
+    vocabulary = {c: i for i, c in enumerate(alphabet)} | more
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
     hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     hf.decoder = tokenizers.decoders.ByteLevel()
     return hf
@@ -187,7 +192,8 @@ def test_tokens_added_to_a_sentencepiece_model(special, folder, tmp_path):
     assert ("<|im_start|>" in tokenizer.decode(tokens)) != special
 
 
-@pytest.mark.parametrize("content", [b"", b"IQ== 0\nIg== 1\n", b"version https://git-lfs\n"], ids=str)
+@pytest.mark.parametrize("content", [
+    b"", b"IQ== 0\nIg== 1\n", b"version https://git-lfs\n"], ids=str)
 def test_a_good_tokenizer_beside_a_bad_one(content, tmp_path):
     byte_level(tmp_path).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer.model").write_bytes(content)

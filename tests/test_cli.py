@@ -27,12 +27,13 @@ def test_json_is_one_object(folder, capsys):
 
 
 def test_stream_and_summary(folder, capsys):
-    """The streamed text is the text; a pipe has no colour; the figures go to stderr, in one line."""
+    """The streamed text is the text; a pipe has no colour; the figures go to stderr, one line."""
     words = ["--model", folder, "--prompt", "import", "--max-new-tokens", 30, "--temperature", 1]
     _, out, err = call(capsys, *words)
     _, as_json, _ = call(capsys, *words, "--json")
     assert out == json.loads(as_json)["text"][0] + "\n" and "\033" not in out
-    assert err.startswith("pass on cpu: 30 tokens, ") and "tokens per pass, accepted by position" in err
+    assert err.startswith("pass on cpu: 30 tokens, ")
+    assert "tokens per pass, accepted by position" in err
     assert err.count("\n") == 1
     _, out, err = call(capsys, *words, "--lookahead", "unk", "--samples", 2)
     assert "\n--- sample 2\n" in out
@@ -42,8 +43,9 @@ def test_all_methods(folder, tmp_path, capsys):
     """Greedy in float64: all methods write the same; the draft model must share the tokenizer."""
     words = ["--model", folder, "--dtype", "float64", "--max-new-tokens", 12, "--json"]
     texts = set()
-    for more in (["autoregressive"], ["pass"], ["fused", "--length", 2], ["tree", "--tree", "0 1 00"],
-                 ["draft-model", "--draft-model", folder, "--length", 3]):
+    methods = [["autoregressive"], ["pass"], ["fused", "--length", 2], ["tree", "--tree", "0 1 00"],
+               ["draft-model", "--draft-model", folder, "--length", 3]]
+    for more in methods:
         code, out, err = call(capsys, *words, "--method", *more)
         assert code == 0, err
         texts.add(str(json.loads(out)["tokens"]))
@@ -80,10 +82,16 @@ def test_prompt_from_file_and_standard_input(folder, tmp_path, capsys):
 
 
 def test_exit_code_of_the_process_and_closed_pipe(folder):
-    script = f"{sys.executable} {ROOT / 'pass_sampler.py'} --model {folder} --samples 3 --max-new-tokens 50"
-    bad = subprocess.run(f"{script} --temperature -1", shell=True, capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1 and bad.stderr.startswith("error: temperature")
-    closed = subprocess.run(f"{script} | head -c 1 > /dev/null", shell=True, capture_output=True, text=True)
+    script = (f"{sys.executable} {ROOT / 'pass_sampler.py'} --model {folder} --samples 3 "
+              "--max-new-tokens 50")
+
+    def shell(command):
+        return subprocess.run(command, shell=True, capture_output=True, text=True)
+
+    bad = shell(f"{script} --temperature -1")
+    assert bad.returncode == 2 and bad.stdout == ""
+    assert bad.stderr.startswith("error: temperature") and bad.stderr.count("\n") == 1
+    closed = shell(f"{script} | head -c 1 > /dev/null")
     assert closed.stderr.count("\n") <= 1 and "rror" not in closed.stderr
 
 
@@ -123,8 +131,10 @@ FOLDER = object()  # stands for the fixture
     (["--dtype", "int8"], "invalid choice: 'int8'"),
 ])
 def test_bad_arguments(arguments, says, folder, capsys):
-    defaults = [] if "--model" in arguments else ["--model", folder]
-    code, out, err = call(capsys, *defaults, *(folder if argument is FOLDER else argument for argument in arguments))
+    words = [folder if argument is FOLDER else argument for argument in arguments]
+    if "--model" not in arguments:
+        words = ["--model", folder, *words]
+    code, out, err = call(capsys, *words)
     assert code == 2 and out == "" and says in err
     assert "invalid choice" in says or (err.startswith("error: ") and err.count("\n") == 1)
 
@@ -137,14 +147,17 @@ def test_bad_arguments(arguments, says, folder, capsys):
     ({"embeddings": torch.full((3, 16), torch.nan)}, "finite floats"),
 ])
 def test_bad_lookahead_files(tensors, says, folder, tmp_path, capsys):
-    save_file(tensors, tmp_path / "lookahead.safetensors")
-    code, out, err = call(capsys, "--model", folder, "--lookahead", tmp_path / "lookahead.safetensors", "--length", 3)
+    path = tmp_path / "lookahead.safetensors"
+    save_file(tensors, path)
+    code, out, err = call(capsys, "--model", folder, "--lookahead", path, "--length", 3)
     assert code == 2 and out == "" and says in err and err.count("\n") == 1
 
 
 def test_lookahead_file_is_used(folder, tmp_path, capsys):
-    save_file({"embeddings": torch.randn(3, 16)}, tmp_path / "lookahead.safetensors")
-    code, out, _ = call(capsys, "--model", folder, "--lookahead", tmp_path / "lookahead.safetensors", "--json", "--max-new-tokens", 9)
+    path = tmp_path / "lookahead.safetensors"
+    save_file({"embeddings": torch.randn(3, 16)}, path)
+    words = ["--model", folder, "--lookahead", path, "--json", "--max-new-tokens", 9]
+    code, out, _ = call(capsys, *words)
     assert code == 0 and len(json.loads(out)["accepted_by_position"]) == 3
 
 
@@ -165,7 +178,8 @@ def test_bad_model_folders(file, content, says, folder, tmp_path, capsys):
     if content is not None:
         (tmp_path / file).write_bytes(content)
     code, out, err = call(capsys, "--model", tmp_path)
-    assert code == 2 and out == "" and says in err and err.startswith("error: ") and err.count("\n") == 1
+    assert code == 2 and out == "" and says in err
+    assert err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_tokenizer_of_another_model(folder, tmp_path, capsys):

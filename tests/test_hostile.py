@@ -1,5 +1,5 @@
-"""Hostile input: whatever is wrong ends in one clear line and exit code 2 (130 for Ctrl-C), never in a traceback, a text drawn from
-numbers that are not finite, or a file that is half written."""
+"""Hostile input: whatever is wrong ends in one clear line and exit code 2 (130 for Ctrl-C), never
+in a traceback, a text drawn from numbers that are not finite, or a file that is half written."""
 import json
 import os
 import random
@@ -28,46 +28,58 @@ def copy(folder, tmp_path):
 
 def refused(capsys, *words):
     code, out, err = run_main(pass_sampler, capsys, *words)
-    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, (code, out, err)
+    assert code == 2 and out == "", (code, out, err)
+    assert err.startswith("error: ") and err.count("\n") == 1, err
     return err
 
 
 # ---------------------------------------------------- files
 
-def header(**tensors):
-    text = json.dumps(tensors).encode()
-    return struct.pack("<Q", len(text)) + text
+def of_one_tensor(dtype, shape, end, stored=b"1234"):
+    """The bytes of a file whose header names one tensor, from byte 0 to `end` of what is stored."""
+    about = {"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}}
+    header = json.dumps(about).encode()
+    return struct.pack("<Q", len(header)) + header + stored
 
 
 LIES = {
-    "empty": b"", "no header": b"12345678", "a header longer than the file": struct.pack("<Q", 2 ** 40) + b"{}",
-    "offsets beyond the file": header(a={"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}) + b"1234",
-    "a shape that is not its bytes": header(a={"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}) + b"1234",
-    "an unknown type": header(a={"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}) + b"1234",
-    "a negative shape": header(a={"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}) + b"1234",
-    "more bytes than tensors": header(a={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}) + b"1234" * 1000,
-    "a header that is no JSON": struct.pack("<Q", 4) + b"{{{{", "tensors of someone else": header(
-        a={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}) + b"1234",
+    "empty": b"",
+    "no header": b"12345678",
+    "a header longer than the file": struct.pack("<Q", 2 ** 40) + b"{}",
+    "offsets beyond the file": of_one_tensor("F32", [4], 16),
+    "a shape that is not its bytes": of_one_tensor("F32", [9], 4),
+    "an unknown type": of_one_tensor("F99", [1], 4),
+    "a negative shape": of_one_tensor("F32", [-1], 4),
+    "more bytes than tensors": of_one_tensor("F32", [1], 4, b"1234" * 1000),
+    "a header that is no JSON": struct.pack("<Q", 4) + b"{{{{",
+    "tensors of someone else": of_one_tensor("F32", [1], 4),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
 def test_files_that_lie(lie, copy, tmp_path, capsys):
-    (tmp_path / "lookahead.safetensors").write_bytes(LIES[lie])
-    assert "lookahead.safetensors" in refused(capsys, "--model", copy, "--lookahead", tmp_path / "lookahead.safetensors")
+    path = tmp_path / "lookahead.safetensors"
+    path.write_bytes(LIES[lie])
+    assert "lookahead.safetensors" in refused(capsys, "--model", copy, "--lookahead", path)
     (copy / "model.safetensors").write_bytes(LIES[lie])
     assert "model.safetensors" in refused(capsys, "--model", copy)
 
 
 def test_random_damage(folder, tmp_path):
-    """300 copies of the weights, each with some bytes of the header or the end changed: refused, or read as what they now are."""
-    whole, chance, refusals = (folder / "model.safetensors").read_bytes(), random.Random(0), 0
+    """300 copies of the weights, each with some bytes of the header or the end changed: refused, or
+    read as what they now are."""
+    whole = (folder / "model.safetensors").read_bytes()
+    chance = random.Random(0)
+    refusals = 0
     copy = shutil.copytree(folder, tmp_path / "model")
     for _ in range(300):
         damaged = bytearray(whole)
         for _ in range(chance.randrange(1, 4)):
-            damaged[chance.randrange(200) if chance.random() < 0.8 else chance.randrange(len(whole))] = chance.randrange(256)
-        (copy / "model.safetensors").write_bytes(damaged[:chance.choice([None, None, chance.randrange(len(whole))])])
+            value = chance.randrange(256)
+            early = chance.random() < 0.8
+            damaged[chance.randrange(200 if early else len(whole))] = value
+        end = chance.choice([None, None, chance.randrange(len(whole))])
+        (copy / "model.safetensors").write_bytes(damaged[:end])
         try:
             assert all(weight.isfinite().all() for weight in Llama.load(copy).parameters())
         except InputError as error:
@@ -76,18 +88,21 @@ def test_random_damage(folder, tmp_path):
     assert refusals > 150
 
 
-@pytest.mark.parametrize("index", [[], {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "missing.safetensors"}}, {},
-                                   {"weight_map": {"a": "."}}], ids=str)
+@pytest.mark.parametrize("index", [
+    [], {"weight_map": []}, {"weight_map": {"a": 1}},
+    {"weight_map": {"a": "missing.safetensors"}}, {}, {"weight_map": {"a": "."}}], ids=str)
 def test_bad_indices(index, copy, capsys):
     (copy / "model.safetensors").unlink()
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(capsys, "--model", copy)
 
 
-@pytest.mark.parametrize("change", [{"vocab_size": 10 ** 30}, {"vocab_size": 2 ** 31 - 1, "hidden_size": 2 ** 31 - 1},
-                                    {"num_hidden_layers": 0}, {"num_attention_heads": 0}, {"hidden_size": 17, "head_dim": None},
-                                    {"num_key_value_heads": 3}, {"rope_theta": "big"}, {"rms_norm_eps": float("nan")}, {"hidden_size": True},
-                                    {"rope_scaling": {"rope_type": "linear", "factor": 0}}, {"eos_token_id": "stop"}], ids=str)
+@pytest.mark.parametrize("change", [
+    {"vocab_size": 10 ** 30}, {"vocab_size": 2 ** 31 - 1, "hidden_size": 2 ** 31 - 1},
+    {"num_hidden_layers": 0}, {"num_attention_heads": 0}, {"hidden_size": 17, "head_dim": None},
+    {"num_key_value_heads": 3}, {"rope_theta": "big"}, {"rms_norm_eps": float("nan")},
+    {"hidden_size": True}, {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+    {"eos_token_id": "stop"}], ids=str)
 def test_bad_configs(change, copy, capsys):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | change))
@@ -102,50 +117,66 @@ def test_config_nested_without_end(copy, capsys):
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite(number, copy, capsys):
     weights = load_file(copy / "model.safetensors")
-    weights[name := "model.layers.1.mlp.up_proj.weight"][3, 4] = number
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][3, 4] = number
     save_file(weights, copy / "model.safetensors")
     assert name in refused(capsys, "--model", copy)
 
 
-@pytest.mark.parametrize("about", ["{", "[]", "1", '{"acceptance": 3}', '{"acceptance": {"x": {"by_rank": []}}}', '{"acceptance": {"0": {}}}',
-                                   '{"acceptance": {"0": {"by_rank": 7}}}', *(
-    f'{{"acceptance": {{"0": {{"expected": 1, "by_position": [1], "by_rank": {ranks}}}}}}}' for ranks in (
-        '[["a"]]', '[["0.5"]]', "[[]]", "[[NaN]]", "[[-1]]"))])
+DAMAGED = [
+    "{", "[]", "1", '{"acceptance": 3}', '{"acceptance": {"x": {"by_rank": []}}}',
+    '{"acceptance": {"0": {}}}', '{"acceptance": {"0": {"by_rank": 7}}}']
+for ranks in ('[["a"]]', '[["0.5"]]', "[[]]", "[[NaN]]", "[[-1]]"):
+    row = f'{{"expected": 1, "by_position": [1], "by_rank": {ranks}}}'
+    DAMAGED.append(f'{{"acceptance": {{"0": {row}}}}}')
+
+
+@pytest.mark.parametrize("about", DAMAGED)
 def test_lookahead_with_damaged_metadata(about, folder, tmp_path, capsys):
-    write_tensors({"embeddings": torch.zeros(2, 16)}, tmp_path / "file.safetensors", {"lookahead": about})
-    assert "metadata" in refused(capsys, "--model", folder, "--lookahead", tmp_path / "file.safetensors", "--method", "fused")
+    path = tmp_path / "file.safetensors"
+    write_tensors({"embeddings": torch.zeros(2, 16)}, path, {"lookahead": about})
+    words = ["--model", folder, "--lookahead", path, "--method", "fused"]
+    assert "metadata" in refused(capsys, *words)
 
 
 # -------------------------------------------------- prompts
 
 def test_prompts(folder, tmp_path, capsys):
     prompt = tmp_path / "prompt"
-    for content, says in ((b"", "prompt is empty"), (b"\xff\xfe\xfd", "cannot read the prompt"), (b"x " * 100_000, "shorten the prompt")):
+    words = ["--model", folder, "--prompt-file", prompt]
+    bad = {b"": "prompt is empty", b"\xff\xfe\xfd": "cannot read the prompt",
+           b"x " * 100_000: "shorten the prompt"}
+    for content, says in bad.items():
         prompt.write_bytes(content)
-        assert says in refused(capsys, "--model", folder, "--prompt-file", prompt)
+        assert says in refused(capsys, *words)
     assert "cannot read the prompt" in refused(capsys, "--model", folder, "--prompt-file", tmp_path)
     prompt.write_bytes(b"a\0b\x01\x7f \r\n")  # strange, but text
-    code, out, err = run_main(pass_sampler, capsys, "--model", folder, "--prompt-file", prompt, "--max-new-tokens", 3, "--json")
+    code, out, err = run_main(pass_sampler, capsys, *words, "--max-new-tokens", 3, "--json")
     assert code == 0 and len(json.loads(out)["tokens"][0]) == 3
     tokenizer = load_tokenizer(folder, 320)
     text = "x" * 2000
     while len(tokenizer.encode(text)) >= 512:
         text = text[:-1]
     prompt.write_text(text)  # fills the context but for one slot
-    code, out, err = run_main(pass_sampler, capsys, "--model", folder, "--prompt-file", prompt, "--json",
-                              "--method", "tree", "--tree", "0 1")
-    assert code == 0 and json.loads(out)["stop_reason"][0] in ("context", "stop") and len(json.loads(out)["tokens"][0]) == 1
+    words = [*words, "--json", "--method", "tree", "--tree", "0 1"]
+    code, out, err = run_main(pass_sampler, capsys, *words)
+    assert code == 0
+    result = json.loads(out)
+    assert result["stop_reason"][0] in ("context", "stop") and len(result["tokens"][0]) == 1
 
 
-@pytest.mark.parametrize("words", [["--temperature", "1e-9"], ["--temperature", "1e9"], ["--temperature", "1", "--top-k", "999999"],
-                                   ["--temperature", "1", "--top-p", "1"], ["--temperature", "1", "--top-p", "1e-9"]], ids=str)
+@pytest.mark.parametrize("words", [
+    ["--temperature", "1e-9"], ["--temperature", "1e9"],
+    ["--temperature", "1", "--top-k", "999999"], ["--temperature", "1", "--top-p", "1"],
+    ["--temperature", "1", "--top-p", "1e-9"]], ids=str)
 @pytest.mark.parametrize("method", ["pass", "tree"])
 def test_extreme_settings_are_valid(words, method, folder, capsys):
+    always = ["--model", folder, "--json", "--max-new-tokens", 9]
     tree = ["--tree", "0 1"] if method == "tree" else []
-    code, out, err = run_main(pass_sampler, capsys, "--model", folder, "--json", "--max-new-tokens", 9, "--method", method, *tree, *words)
+    code, out, err = run_main(pass_sampler, capsys, *always, "--method", method, *tree, *words)
     assert code == 0, err
     if words[-1] == "1e-9":  # as good as greedy
-        greedy = run_main(pass_sampler, capsys, "--model", folder, "--json", "--max-new-tokens", 9)[1]
+        greedy = run_main(pass_sampler, capsys, *always)[1]
         assert json.loads(out)["tokens"] == json.loads(greedy)["tokens"]
 
 
@@ -157,25 +188,32 @@ def script(name, *words):
 
 def test_full_disk(folder, data, tmp_path):
     """A limit on the size of files stands for a full disk; /dev/full is one."""
-    training = script("train_lookahead.py", "--model", folder, "--data", data, "--steps", 1, "--length", 60, "--out", tmp_path / "out")
-    limited = subprocess.run(["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", *training], capture_output=True, text=True)
-    assert limited.returncode == 2 and limited.stderr.splitlines()[-1].startswith("error: cannot write"), limited.stderr
+    training = script("train_lookahead.py", "--model", folder, "--data", data, "--steps", 1,
+                      "--length", 60, "--out", tmp_path / "out")
+    command = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", *training]
+    limited = subprocess.run(command, capture_output=True, text=True)
+    assert limited.returncode == 2, limited.stderr
+    assert limited.stderr.splitlines()[-1].startswith("error: cannot write"), limited.stderr
     assert list(tmp_path.iterdir()) == []
+    command = script("pass_sampler.py", "--model", folder, "--max-new-tokens", 4)
     with open("/dev/full", "w") as full:
-        result = subprocess.run(script("pass_sampler.py", "--model", folder, "--max-new-tokens", 4), stdout=full, stderr=subprocess.PIPE,
-                                text=True)
-    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in result.stderr
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
 
 
 def test_read_only_folder(folder, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who may write everywhere
-    code, out, err = run_main(train_lookahead, capsys, "--model", folder, "--data", data, "--steps", 1, "--out", tmp_path / "out")
-    assert code == 2 and err.startswith("error: cannot write") and err.count("\n") == 1 and list(tmp_path.iterdir()) == []
+    # Tests may run as root, who may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    words = ["--model", folder, "--data", data, "--steps", 1, "--out", tmp_path / "out"]
+    code, out, err = run_main(train_lookahead, capsys, *words)
+    assert code == 2 and err.startswith("error: cannot write") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["pass_sampler.py", "train_lookahead.py"])
 def test_interrupted(name, folder, data, tmp_path):
-    """Ctrl-C, once there is something to see: exit code 130, no traceback, and the output file does not exist."""
+    """Ctrl-C, once there is something to see: exit code 130, no traceback, no output file."""
     words = ["--model", ROOT / "demo" / "model", "--max-new-tokens", 900]
     if name == "train_lookahead.py":
         words = ["--model", folder, "--data", data, "--out", tmp_path / "out"]
@@ -190,7 +228,8 @@ def test_interrupted(name, folder, data, tmp_path):
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and b"Traceback" not in err and not (tmp_path / "out").exists()
+    assert process.returncode == 130 and b"Traceback" not in err
+    assert not (tmp_path / "out").exists()
     if name == "train_lookahead.py":
         saved = (tmp_path / "out.checkpoint").exists()
         assert (b"go on with the same command" in err) == saved

@@ -17,7 +17,8 @@ from pass_sampler import Lookahead, generate
 def test_equals_transformers(name):
     """Grouped, single and plain key/value heads; llama3, linear and no rotary scaling; both
     spellings of config.json."""
-    model, expected = Llama.load(FIXTURE / name), load_file(FIXTURE / name / "expected.safetensors")
+    model = Llama.load(FIXTURE / name)
+    expected = load_file(FIXTURE / name / "expected.safetensors")
     B, T = expected["tokens"].shape
     h = model(expected["tokens"], Cache(model, B, T))
     torch.testing.assert_close(model.logits(h), expected["logits"], atol=2e-5, rtol=1e-5)
@@ -30,11 +31,13 @@ def test_float16_weights_compute_in_float32():
     weights gives the same."""
     tokens = torch.arange(20).view(2, 10)
     run = lambda model: model.logits(model(tokens, Cache(model, 2, 10)))
-    packed, plain = Llama.load(FIXTURE / "untied", torch.float16), Llama.load(FIXTURE / "untied", torch.float32)
+    packed = Llama.load(FIXTURE / "untied", torch.float16)
+    plain = Llama.load(FIXTURE / "untied", torch.float32)
     for name, weight in plain.named_parameters():
         if weight.ndim == 2 and name != "embedding":
             weight.copy_(weight.half())
-    assert run(packed).dtype == torch.float32 and packed.precision == "float16 weights, float32 arithmetic"
+    assert run(packed).dtype == torch.float32
+    assert packed.precision == "float16 weights, float32 arithmetic"
     torch.testing.assert_close(run(packed), run(plain), atol=1e-5, rtol=1e-5)
     plain = generate(packed, [[5, 6]], "autoregressive", max_new_tokens=9)
     lookahead = Lookahead(packed.embedding[:3])
@@ -42,14 +45,22 @@ def test_float16_weights_compute_in_float32():
     assert result["tokens"] == plain["tokens"]
 
 
+def config_with(folder, to, **changes):
+    to.mkdir(exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | changes))
+    return to
+
+
 def test_a_half_precision_checkpoint_runs_as_fast_as_the_machine_can(tmp_path):
     """By default: float16 weights where `pack` can, else the checkpoint's own type; never so
     where the weights are to be read."""
-    shutil.copytree(FIXTURE / "plain", tmp_path / "half")
-    config = json.loads((FIXTURE / "plain" / "config.json").read_text())
-    (tmp_path / "half" / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    assert Llama.load(tmp_path / "half").precision.split()[0] == ("float16" if packs("cpu") else "bfloat16")
-    assert Llama.load(tmp_path / "half", packed=False).precision == Llama.load(tmp_path / "half", torch.bfloat16).precision == "bfloat16"
+    half = shutil.copytree(FIXTURE / "plain", tmp_path / "half")
+    config_with(FIXTURE / "plain", half, dtype="bfloat16")
+    fast = "float16" if packs("cpu") else "bfloat16"
+    assert Llama.load(half).precision.split()[0] == fast
+    assert Llama.load(half, packed=False).precision == "bfloat16"
+    assert Llama.load(half, torch.bfloat16).precision == "bfloat16"
     assert Llama.load(FIXTURE / "plain").precision == "float32"
 
 
@@ -57,20 +68,25 @@ def test_loads_shards_and_dtypes(tmp_path):
     weights = load_file(FIXTURE / "untied" / "model.safetensors")
     shutil.copy(FIXTURE / "untied" / "config.json", tmp_path)
     names = sorted(weights)
+    index = {}
     for i, part in enumerate((names[::2], names[1::2])):
         save_file({n: weights[n].bfloat16() for n in part}, tmp_path / f"part{i}.safetensors")
-    index = {n: f"part{i}.safetensors" for i, part in enumerate((names[::2], names[1::2])) for n in part}
+        index |= dict.fromkeys(part, f"part{i}.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     model = Llama.load(tmp_path, torch.float64)
     for name, tensor in model.named_weights().items():
-        assert tensor.dtype == torch.float64 and torch.equal(tensor, weights[name].bfloat16().double()), name
+        assert tensor.dtype == torch.float64, name
+        assert torch.equal(tensor, weights[name].bfloat16().double()), name
 
 
 def test_block_by_block_equals_whole():
     """Any cut of a text into blocks, token ids or embeddings, gives what the whole gives."""
-    model, generator = tiny(50), torch.Generator().manual_seed(0)
+    model = tiny(50)
+    generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(50, (20,), generator=generator).tolist()
-    cache, logits, start = Cache(model, 1, 20), [], 0
+    cache = Cache(model, 1, 20)
+    logits = []
+    start = 0
     for T in (1, 5, 2, 1, 8, 3):
         x = torch.tensor([tokens[start:start + T]])
         h = model(model.embed(x) if T == 5 else x, cache)
@@ -85,11 +101,14 @@ def check_model(code):
     along a path, or not at all; a memory that nobody sees in the cache."""
     model = code.tiny(5, seed=2)
     cache = code.model.Cache(model, 2, 16).with_memory(code.random_lookahead(model, 1).memory)
-    judge, texts = naive.Model(model), [[1, 2, 3, 4, 0], [4, 0]]
+    judge = naive.Model(model)
+    texts = [[1, 2, 3, 4, 0], [4, 0]]
 
     def agree(logits, text, row, what="the logits"):
-        worst = (logits - torch.tensor(judge.next_logits(text), dtype=torch.float64)).abs().max()
-        assert worst < 1e-5, f"{what} of row {row} after {text} are not LLaMA's, by up to {worst:.1e}"
+        expected = torch.tensor(judge.next_logits(text), dtype=torch.float64)
+        worst = (logits - expected).abs().max()
+        assert worst < 1e-5, (
+            f"{what} of row {row} after {text} are not LLaMA's, by up to {worst:.1e}")
 
     def run(columns, **more):
         return model.logits(model(torch.tensor(columns), cache, **more))
@@ -101,7 +120,8 @@ def check_model(code):
     cache.commit(torch.tensor([5, 2]))
     run([[2, 2, 2], [1, 1, 1]])  # as if it had never run
     path = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]).bool()
-    positions = cache.length[:, None] + torch.tensor([0, 1, 1, 2])  # root, two children, a grandchild
+    # A root, two children, a grandchild.
+    positions = cache.length[:, None] + torch.tensor([0, 1, 1, 2])
     logits = run([[3, 1, 2, 4], [0, 2, 1, 1]], positions=positions, mask=cache.mask(4, path))
     for row, (root, _, child, grandchild) in enumerate([[3, 1, 2, 4], [0, 2, 1, 1]]):
         agree(logits[row, 3], texts[row] + [root, child, grandchild], row, "in a tree, the logits")
@@ -118,8 +138,9 @@ def test_model():
 def check_one_row(code):
     """One row on a CPU is written to the cache in another way."""
     model = code.tiny(5, seed=2)
-    judge, cache, text = naive.Model(model), code.model.Cache(model, 1, 16), [1, 2, 3]
-    model(torch.tensor([text]), cache)
+    judge = naive.Model(model)
+    cache = code.model.Cache(model, 1, 16)
+    model(torch.tensor([[1, 2, 3]]), cache)
     cache.commit(2)
     logits = model.logits(model(torch.tensor([[3, 4]]), cache))[0, 1]
     expected = torch.tensor(judge.next_logits([1, 2, 3, 4]), dtype=torch.float64)
@@ -149,17 +170,12 @@ def test_block_beyond_the_cache_is_an_error():
             model(torch.tensor([[1, 2, 3]] * rows), Cache(model, rows, 2))
 
 
-def config_with(folder, to, **changes):
-    to.mkdir(exist_ok=True)
-    (to / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
-    return to
-
-
 @pytest.mark.parametrize("change", [
-    {"model_type": "mistral"}, {"hidden_act": "gelu"}, {"attention_bias": True}, {"mlp_bias": True}, {"sliding_window": 16},
-    {"quantization_config": {"bits": 4}}, {"rope_scaling": {"type": "yarn", "factor": 2}}, {"rope_scaling": {"type": "linear"}},
-    {"num_key_value_heads": 3}, {"num_attention_heads": 0}, {"hidden_size": "16"}, {"vocab_size": None}, {"torch_dtype": "int8"},
-    {"head_dim": 5}, {"rms_norm_eps": -1.0}])
+    {"model_type": "mistral"}, {"hidden_act": "gelu"}, {"attention_bias": True},
+    {"mlp_bias": True}, {"sliding_window": 16}, {"quantization_config": {"bits": 4}},
+    {"rope_scaling": {"type": "yarn", "factor": 2}}, {"rope_scaling": {"type": "linear"}},
+    {"num_key_value_heads": 3}, {"num_attention_heads": 0}, {"hidden_size": "16"},
+    {"vocab_size": None}, {"torch_dtype": "int8"}, {"head_dim": 5}, {"rms_norm_eps": -1.0}])
 def test_refuses_what_is_not_supported(change, tmp_path):
     with pytest.raises(InputError, match="config.json"):
         Config.load(config_with(FIXTURE / "tied", tmp_path, **change))
@@ -171,16 +187,21 @@ def test_stop_tokens_of_generation_config_come_first(tmp_path):
     assert Config.load(tmp_path).stop_tokens == (7,)
 
 
-@pytest.mark.parametrize("kind", ["missing", "extra", "shape", "dtype", "truncated", "no file", "no shard"])
+@pytest.mark.parametrize("kind", [
+    "missing", "extra", "shape", "dtype", "truncated", "no file", "no shard"])
 def test_bad_weights_are_named(kind, tmp_path):
-    weights, name = load_file(FIXTURE / "tied" / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(FIXTURE / "tied" / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
     config_with(FIXTURE / "tied", tmp_path)
     if kind == "missing":
         del weights[name]
     if kind == "extra":
-        weights[name := "model.layers.0.self_attn.q_proj.bias"] = torch.zeros(48)
-    if kind in ("shape", "dtype"):
-        weights[name] = weights[name][:-1] if kind == "shape" else weights[name].long()
+        name = "model.layers.0.self_attn.q_proj.bias"
+        weights[name] = torch.zeros(48)
+    if kind == "shape":
+        weights[name] = weights[name][:-1]
+    if kind == "dtype":
+        weights[name] = weights[name].long()
     path = tmp_path / "model.safetensors"
     save_file(weights, path)
     if kind == "truncated":
@@ -188,12 +209,15 @@ def test_bad_weights_are_named(kind, tmp_path):
     if kind.startswith("no "):
         path.unlink()
         if kind == "no shard":
-            (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: "part.safetensors"}}))
-    with pytest.raises(InputError, match=name if kind in ("missing", "extra", "shape", "dtype") else r"safetensors"):
+            index = {"weight_map": {name: "part.safetensors"}}
+            (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    in_the_file = kind in ("missing", "extra", "shape", "dtype")
+    with pytest.raises(InputError, match=name if in_the_file else "safetensors"):
         Llama.load(tmp_path)
 
 
-TEXTS = ["def f(x):\n\treturn  x**2  # 1984\n", "naïve — “quoted” Привет 你好 🎉👩‍👩‍👧 é", " leading and trailing "]
+TEXTS = ["def f(x):\n\treturn  x**2  # 1984\n",
+         "naïve — “quoted” Привет 你好 🎉👩‍👩‍👧 é", " leading and trailing "]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -212,9 +236,11 @@ def test_sentencepiece_streams_whole_characters(folder, text):
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokenizer_json_streams_whole_characters(tmp_path, text):
     tokenizers = pytest.importorskip("tokenizers")
-    hf = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(
-        sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}, []))
-    hf.pre_tokenizer, hf.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {c: i for i, c in enumerate(alphabet)}
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = tokenizers.decoders.ByteLevel()
     hf.add_special_tokens(["<end>"])
     hf.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path, 320)
