@@ -30,24 +30,31 @@ soak: .venv/ready  ## the statistical tests with fresh seeds, for so many MINUTE
 OUT = demo/results
 measure = mkdir -p $(OUT); $(BENCH) $(2) --json $(OUT)/$(1).json
 PAPER = pass:unk pass:demo/smollm2-paper.safetensors
-GGUF = models/smollm2/f16.gguf models/smollm2/q8_0.gguf
+SPEED = speed $(SMOLLM2) --count 6 --methods $(PAPER) pass fused=1
 
-bench: .venv/bench models/smollm2/model.safetensors $(GGUF)  ## all that demo/RESULTS.md shows
+bench: .venv/bench models/smollm2/model.safetensors  ## the tables of demo/RESULTS.md, 40 minutes
 	$(call measure,smollm2-cost,cost --model models/smollm2)
 	$(call measure,smollm2-cost-bfloat16,cost --model models/smollm2 --dtype bfloat16)
 	$(call measure,demo-cost,cost --model demo/model)
 	$(call measure,smollm2-acceptance,acceptance $(SMOLLM2) --count 10 --positions 0 900 2900)
-	$(call measure,smollm2-speed,speed $(SMOLLM2) --count 6 --methods $(PAPER) pass fused=1)
+	$(call measure,smollm2-speed,$(SPEED))
+	$(call measure,smollm2-speed-again,$(SPEED))
 	$(call measure,demo-speed,speed $(OWN) $(PROMPTS) --count 6 \
 		--methods pass:demo/model/paper.safetensors pass fused=1)
 	$(call measure,smollm2-rows,speed $(SMOLLM2) --kinds code --count 16 --new-tokens 32 \
 		--temperatures 0 --rows 1 2 4 8 16)
-	$(call measure,smollm2-length,length $(SMOLLM2) --kinds code --count 4 --temperatures 0 1)
+	$(call measure,smollm2-length,length $(SMOLLM2) --kinds code --count 6 --temperatures 0 1 \
+		--rounds 2)
 	$(call measure,smollm2-memory,memory $(SMOLLM2))
 	$(call measure,smollm2-quality,quality $(SMOLLM2) --count 10 --temperatures 0.6 1)
-	$(call measure,smollm2-peers,peers $(SMOLLM2) --kinds code --count 4 --temperatures 0 \
-		--gguf $(GGUF))
+	$(call measure,smollm2-peers,$(PEERS))
 	.venv/bin/python demo/page.py
+
+PEERS = peers $(SMOLLM2) --kinds code --count 6 --temperatures 0 --rounds 2
+GGUF = models/smollm2/f16.gguf models/smollm2/q8_0.gguf
+llama: .venv/bench $(GGUF)  ## llama.cpp among the peers: compiles it, half an hour
+	.venv/bin/python -m pip install -q llama-cpp-python
+	$(call measure,smollm2-peers,$(PEERS) --gguf $(GGUF))
 
 # On a GPU; `make bench-gpu OUT=FOLDER` leaves the files elsewhere. Eight minutes on an H200.
 WITH_GPU = --device cuda --new-tokens 128
@@ -60,7 +67,7 @@ bench-gpu: .venv/bench models/smollm2/model.safetensors  ## the same on a GPU
 	$(call measure,gpu-rows,speed $(SMOLLM2) $(WITH_GPU) --kinds code --count 16 \
 		--temperatures 0 --rows 1 2 4 8 16 --methods pass fused=1 fused=3)
 	$(call measure,gpu-memory,memory $(SMOLLM2) --device cuda)
-	$(call measure,gpu-peers,peers $(SMOLLM2) $(WITH_GPU) --kinds code --count 4 --temperatures 0)
+	$(call measure,gpu-peers,peers $(SMOLLM2) $(WITH_GPU) --kinds code --count 6 --temperatures 0)
 	.venv/bin/python demo/humaneval.py $(SMOLLM2) --device cuda --execute --json \
 		$(OUT)/gpu-humaneval.json
 
@@ -86,4 +93,4 @@ models/smollm2/model.safetensors: demo/smollm2.py | .venv/extras
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
 
-.PHONY: bench bench-gpu demo help mutants smollm2 soak test
+.PHONY: bench bench-gpu demo llama help mutants smollm2 soak test

@@ -8,12 +8,12 @@
     python bench.py quality --model DIR --lookahead FILE     is it still the model that speaks?
     python bench.py peers --model DIR --lookahead FILE       how fast are others, same weights?
 
---json FILE keeps the numbers and what they were measured on; `make bench` makes all that
-demo/RESULTS.md shows. --methods takes METHOD[:LOOKAHEAD][=SHAPE], such as pass, fused=1,
+--json FILE keeps the numbers and what they were measured on; `make bench` and `make bench-gpu` make
+the tables of demo/RESULTS.md. --methods takes METHOD[:LOOKAHEAD][=SHAPE], such as pass, fused=1,
 pass:FILE=2, "tree=0 1 00", tree=auto, draft-model=4. Read `interleaved`, `interval`, `compared`.
 """
 import argparse
-import importlib
+import gc
 import itertools
 import platform
 import statistics
@@ -68,7 +68,7 @@ def interval(ratios, resamples=2000):
     return ratios.quantile(0.5).item(), low, high
 
 
-def compare(decoders, units, args, what):
+def against_first(decoders, units, args, what):
     """Rows {name: row}: each of decoders {name: f(prompts, seed) -> result} against the first.
 
     A unit is the prompts that are decoded side by side. Time per token, without prefill.
@@ -77,7 +77,7 @@ def compare(decoders, units, args, what):
 
     def seconds_per_token(name, prompts, turn):
         result = decoders[name](prompts, args.seed + turn)
-        per_pass[name].append(result.get("tokens_per_pass"))
+        per_pass[name].append(result.get("tokens_per_pass", 0))
         decoding = result["seconds"] - result["prefill_seconds"] - result.get("capture_seconds", 0)
         return decoding / sum(map(len, result["tokens"]))
 
@@ -86,23 +86,13 @@ def compare(decoders, units, args, what):
     plain, rows = next(iter(seconds.values())), {}
     for name, taken in seconds.items():
         middle, low, high = interval(plain / taken)
-        known = None not in per_pass[name]
-        rows[name] = {"tokens per pass": statistics.mean(per_pass[name]) if known else "",
+        rows[name] = {"tokens per pass": statistics.mean(per_pass[name][1:]),
                       "tokens/s": 1 / taken.quantile(0.5).item(),
                       "times as fast": middle, "from": low, "to": high}
     return rows
 
 
 # --------------------------------------------------- what commands share
-
-def extra(module):
-    """An optional package."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise InputError(f"this needs the package {module.split('.')[0]}: pip install -r "
-                         f"requirements-bench.txt") from None
-
 
 def machine(model):
     """What was measured on, in one line."""
@@ -146,29 +136,30 @@ def described(args, model, prompts):
 
 
 def decoder(args, model, tokenizer, spec, params, rows, context, stop_tokens=()):
-    """A function(prompts, seed) -> result, of up to `rows` prompts. spec: METHOD[:FILE][=SHAPE].
-    Texts that are not equally long do not compare: by default no token ends one."""
+    """A name, and a function(prompts, seed) -> result, of up to `rows` prompts. spec:
+    METHOD[:FILE][=SHAPE]. Texts of unequal length do not compare: by default no token ends one."""
     head, _, shape = spec.partition("=")
     method, _, file = head.partition(":")
     known, options, number = options_of(method), {}, None
-    if "tree" in known:
-        options["tree"] = shape or known["tree"].default
+    if shape and "tree" in known:
+        options["tree"] = shape
     elif shape and not shape.isdecimal():
         raise InputError(f"{spec!r}: {shape} must be a number, or the method a tree")
     elif shape:
         number = int(shape)
     if file or "lookahead" in known:
         options["lookahead"] = load_lookahead(file or args.lookahead, model, tokenizer, number)
-    elif number or "length" in known:
-        options["length"] = number or 4
+    elif number is not None:
+        options["length"] = number
     if "draft_model" in known and args.draft_model:
         options["draft_model"] = load_draft_model(args.draft_model, model, tokenizer)
     if shape == "auto":
         options["tree"] = choose(model, options["lookahead"], params.temperature, rows)
-        if options["tree"] is None:  # no tree is worth its columns
+        spec = f"{spec} ({options['tree'] or 'plain decoding'})"
+        if options["tree"] is None:  # none is worth its columns
             method, options = "autoregressive", {}
     sampler = Sampler(model, method, params, rows, context, not args.no_graph, **options)
-    return lambda prompts, seed: sampler.generate(
+    return spec, lambda prompts, seed: sampler.generate(
         prompts, args.new_tokens, seed, stop_tokens=stop_tokens)
 
 
@@ -184,11 +175,13 @@ def compared(args, model, tokenizer, methods, peers=None):
         units = [(some * rows)[i:i + rows] for i in range(0, len(some), rows)]
         context = max(map(len, some)) + args.new_tokens
         decoders = {}
-        for name in ["autoregressive", *methods(t)]:
-            decoders[name] = decoder(args, model, tokenizer, name, Params(t, k), rows, context)
+        gc.collect()  # the last setting's samplers know themselves
+        for spec in ["autoregressive", *methods(t)]:
+            name, decode = decoder(args, model, tokenizer, spec, Params(t, k), rows, context)
+            decoders[name] = decode
         for name, peer in (peers or {}).items():
-            decoders[name] = partial(peer, args.new_tokens, t)
-        for name, row in compare(decoders, units, args, f"{kind} at {t:g}").items():
+            decoders[name] = partial(peer, args.new_tokens, Params(t, k))
+        for name, row in against_first(decoders, units, args, f"{kind} at {t:g}").items():
             words = {"text": kind, "temperature": t, "top-k": k, "rows": rows, "method": name}
             yield words | row
 
@@ -271,6 +264,8 @@ def acceptance(args):
     if shortest < PROMPT or args.new_tokens <= L:
         raise InputError(f"prompts must have {PROMPT} tokens, new ones be more than the {L} drafts")
     yield described(args, model, prompts)
+    yield ("one of k: the probability that one of k candidates is accepted there; of the chain: "
+           "the accepted drafts of a step, on average.")
     for kind, rows in prompts.items():
         ends = torch.tensor([row[-PROMPT:] for row in rows])
         length = PROMPT + args.new_tokens
@@ -326,46 +321,28 @@ def memory(args):
            f"before, while {args.new_tokens} tokens were decoded in a context of 1,024.")
     for name in ["autoregressive", *args.methods]:
         def work():
-            decoder(args, model, tokenizer, name, Params(), 1, 1024)([[1]], 0)
-        yield {"method": name, "MB more": peak(model.embedding.device, work) / 1e6}
-
-
-def peak(device, work):
-    """Bytes held at most while work() runs, beyond what was held before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-
-    def held(word):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(word))
-
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
-        before = held("VmRSS")
-        work()
-        return held("VmHWM") - before
-    except OSError as error:
-        raise InputError(f"peak memory cannot be measured here: {error}") from None
+            decoder(args, model, tokenizer, name, Params(), 1, 1024)[1]([[1]], 0)
+        yield {"method": name, "MB more": files.peak_memory(model.embedding.device, work) / 1e6}
 
 
 @torch.inference_mode()
 def quality(args):
     """Samples of plain decoding and of each method, compared (demo/samples.py)."""
     from demo.samples import figures, power, two_sample
+    if args.samples < 2:
+        raise InputError("--samples must be 2 or more: power needs a variance")
     model, tokenizer = load(args)
     prompts = read_prompts(args, model, tokenizer)
     yield f"{described(args, model, prompts)} {args.samples} samples of each."
     yield ("log p: mean log probability of a token under the model; pairs: share of neighbouring "
            "pairs of tokens that are distinct. Of an exact method one p-value in twenty is below "
-           "0.05. Power: the chance that one is after a shift of the mean by 5 %.")
+           "0.05. Power: the chance of one below 0.05 if the mean were shifted by 5 %.")
     for kind, t in itertools.product(prompts, args.temperatures):
         some, plain = prompts[kind], None
         context = max(map(len, some)) + args.new_tokens
         for number, name in enumerate(["autoregressive", *args.methods]):
-            decode = decoder(args, model, tokenizer, name, Params(t), args.samples, context, None)
+            name, decode = decoder(
+                args, model, tokenizer, name, Params(t), args.samples, context, None)
             judged = []
             for i in tqdm(range(len(some)), f"{name} at {t:g}", leave=False, disable=None):
                 seed = args.seed + 10_000 * number + i
@@ -385,6 +362,8 @@ def quality(args):
 def peers(args):
     """How fast others are with the same weights, prompts and settings (demo/others.py)."""
     from demo.others import others
+    if args.new_tokens < 2:
+        raise InputError("--new-tokens must be 2 or more: the first token is the prefill's")
     model, tokenizer = load(args)
     theirs = others(args.model, model.embedding.device, args.gguf or ())
     yield from compared(args, model, tokenizer, lambda temperature: args.methods, theirs)
@@ -405,7 +384,7 @@ OPTIONS = {
     "temperatures": dict(type=float, nargs="+", default=[0.0, 0.6, 1.0], help="(default: 0 .6 1)"),
     "top-k": dict(type=int, nargs="+", default=[0], help="0 is off (default: 0)"),
     "rows": dict(type=int, nargs="+", default=[1], help="prompts side by side (default: 1)"),
-    "rounds": dict(type=int, default=3, help="over all prompts (default: 3)"),
+    "rounds": dict(type=int, default=3, help="over all prompts (default: 3; of cost 25)"),
     "no-graph": dict(action="store_true", help="of a GPU"),
     "shape": dict(choices=["1b", "7b"], help="random weights of that size, in place of --model"),
     "positions": dict(type=int, nargs="+", default=[0], help="of the first token (default: 0)"),
@@ -414,15 +393,16 @@ OPTIONS = {
     "gguf": dict(type=Path, nargs="+", help="for llama.cpp: files of demo/to_gguf.py"),
 }
 TEXTS = "lookahead prompts kinds count new-tokens temperatures "
-DECODING = TEXTS + "draft-model top-k rounds no-graph "
+DECODING = TEXTS + "top-k rounds no-graph "
+DRAFTED = "methods draft-model "
 COMMANDS = {
     cost: "shape rounds no-graph",
     acceptance: TEXTS + "positions",
-    speed: DECODING + "methods rows",
+    speed: DECODING + DRAFTED + "rows",
     length: DECODING + "columns",
-    memory: "lookahead draft-model methods new-tokens no-graph",
-    quality: TEXTS + "draft-model methods samples no-graph",
-    peers: DECODING + "methods gguf",
+    memory: DRAFTED + "lookahead new-tokens no-graph",
+    quality: TEXTS + DRAFTED + "samples no-graph",
+    peers: DECODING + DRAFTED + "gguf",
 }
 
 
@@ -437,7 +417,9 @@ def parse():
         sub.set_defaults(function=function)
         for name in ["json", *names.split()]:
             sub.add_argument(f"--{name}", **OPTIONS[name])
-    parser.set_defaults(rows=[1])
+        if function is cost:
+            sub.set_defaults(rounds=25)  # of one unit: the bootstrap has nothing else to draw from
+    parser.set_defaults(rows=[1], methods=[], draft_model=None)
     args = parser.parse_args()
     files.check_seed(args.seed)
     largest = dict(count=2**16, new_tokens=2**20, rows=2**12, rounds=2**12, samples=2**12,
@@ -446,6 +428,9 @@ def parse():
         values = getattr(args, name, most)
         for value in values if isinstance(values, list) else [values]:
             files.check_number(f"--{name.replace('_', '-')}", value, most)
+    drafted = args.function is memory or any(m.startswith("draft-model") for m in args.methods)
+    if args.draft_model and not drafted:
+        raise InputError("--draft-model has no effect without the method draft-model")
     if args.function is cost and (args.model is None) == (args.shape is None):
         raise InputError("give --model DIR or --shape")
     if args.json:

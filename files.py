@@ -4,7 +4,9 @@ A reader of the method can skip this file. Bad input raises InputError, whose te
 names the cause and the remedy. Output is written whole or not at all.
 """
 import codecs
+import gc
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -74,13 +76,6 @@ def check_number(name, value, largest):
         raise InputError(f"{name} must be 1 to {largest}, not {value}")
 
 
-def refuse_idle(parser, args, names, why):
-    """Raise InputError for options among `names` that were given although they have no effect."""
-    for name in names:
-        if getattr(args, name) != parser.get_default(name):
-            raise InputError(f"--{name.replace('_', '-')} has no effect {why}")
-
-
 def device_named(name):
     """torch.device for --device; None is a GPU where there is one."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,6 +88,15 @@ def device_named(name):
         return device
     except (RuntimeError, AssertionError):
         raise InputError(f"device {name!r} cannot be used here; --device cpu always can") from None
+
+
+def extra(module):
+    """An optional package."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise InputError(f"this needs the package {module.split('.')[0]}: pip install -r "
+                         f"requirements-bench.txt") from None
 
 
 # ----------------------------------------- reading, writing
@@ -608,6 +612,28 @@ def tell(parts, path):
         write_file(path, lambda temporary: temporary.write_text(content))
 
 
+def peak_memory(device, work):
+    """Bytes held at most while work() runs, beyond what was held before."""
+    gc.collect()  # or samplers that know themselves would count as held before
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+
+    def held(word):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(word))
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
+        before = held("VmRSS")
+        work()
+        return held("VmHWM") - before
+    except OSError as error:
+        raise InputError(f"peak memory cannot be measured here: {error}") from None
+
+
 # ------------------------------- training data, checkpoints
 
 def split_files(paths, suffix):
@@ -650,6 +676,11 @@ def windows(tokens, n, length, generator):
     return tokens[starts + torch.arange(length)]
 
 
+def digest(tokens):
+    """Names a tensor by what is in it."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+
+
 def write_checkpoint(path, state, tensors, moments):
     """state, a dict with its settings; {name: tensor}; {name: what the optimizer knows of it}."""
     tensors = dict(tensors)
@@ -686,7 +717,8 @@ def read_checkpoint(path, settings, tensors, moments):
 # ----------------------------------------- look-ahead files
 
 def fingerprint(config):
-    """Names the model that a look-ahead was trained for: a hash of what shapes it."""
+    """Names the model that a look-ahead was trained for: a hash of what shapes it, so models of
+    one shape share it."""
     shape = repr(replace(config, dtype="", stop_tokens=()))
     return hashlib.sha256(shape.encode()).hexdigest()[:16]
 

@@ -304,9 +304,9 @@ class Llama(nn.Module):
     def load(cls, folder, dtype=None, device="cpu", packed=True):
         """Load a Hugging Face folder: config.json, and model.safetensors or shards and their index.
 
-        dtype: a torch dtype to run in; None is the checkpoint's own. packed: let `pack` have the
-        matrices where it can, if that is float16 or None is half precision; False to read or train
-        them. No second copy of the model is held. Raises InputError that names what is wrong.
+        dtype: a torch dtype to run in; None is the checkpoint's own. packed: on an x86 CPU let
+        `pack` have the matrices of a half-precision model; False to read or train them. No second
+        copy of the model is held. Raises InputError that names what is wrong.
         """
         folder = Path(folder)
         if not folder.is_dir():

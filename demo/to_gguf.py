@@ -8,13 +8,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import smollm2
 from files import InputError, check_writable, run_script, write_file
 from model import Llama
-from smollm2 import NAMES
 
 TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
-OUTER = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight",
-         "model.norm.weight": "output_norm.weight"}
+# By Hugging Face's names.
+OUTER = {theirs: ours for ours, theirs in smollm2.OUTER.items()}
+OUTER["lm_head.weight"] = "output.weight"
+SHORT = {theirs: ours for ours, theirs in smollm2.NAMES.items()}
 
 
 def gguf_name(name):
@@ -22,8 +24,7 @@ def gguf_name(name):
     if name in OUTER:
         return OUTER[name]
     _, _, layer, *part, _ = name.split(".")
-    short = {theirs: ours for ours, theirs in NAMES.items()}[".".join(part)]
-    return f"blk.{layer}.{short}.weight"
+    return f"blk.{layer}.{SHORT['.'.join(part)]}.weight"
 
 
 def interleaved_halves(weight, heads):
@@ -39,6 +40,8 @@ def write(model, kind, path):
         raise InputError("this needs the package gguf: pip install -r requirements-smollm2.txt"
                          ) from None
     c = model.config
+    if c.rope["rope_type"] != "default":
+        raise InputError(f"rotary scaling {c.rope['rope_type']} is not supported here")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_vocab_size(c.vocab_size)
     writer.add_tokenizer_model("no_vocab")

@@ -176,7 +176,7 @@ def check_frozen(code):
         trained = load_file(out)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name]), f"a frozen weight moved: {name}"
-    for name, part in train_module.initial(model, pool, 2, 2, 3, 0).items():
+    for name, part in train_module.initial(model, pool, SimpleNamespace(**args)).items():
         assert not torch.equal(trained[name], part.bfloat16()), f"{name} was not trained"
 
 
@@ -257,6 +257,8 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(folder, data, tmp_path, ca
     killed = subprocess.run(command, env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL and not parts.exists()
     assert (tmp_path / "parts.checkpoint").exists()
+    code, out, err = train(capsys, folder, data, parts, "--steps", 8)
+    assert code == 2 and "parts.checkpoint is there: give --resume" in err
     monkeypatch.setattr(train_lookahead, "TEMPERATURES", (0.0, 0.6, 1.0))  # as in that process
     code, out, err = train(capsys, folder, data, parts, "--steps", 8, "--resume")
     assert code == 0 and "8 steps" in out and "going on from step 3" in err
