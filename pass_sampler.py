@@ -231,7 +231,7 @@ def method_named(name):
 
 
 def options_of(name):
-    """{option: inspect.Parameter} of the method `name`."""
+    """{option: inspect.Parameter} of a method."""
     options = dict(inspect.signature(method_named(name)).parameters)
     del options["s"]
     return options

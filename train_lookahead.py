@@ -317,7 +317,7 @@ def parse():
 
 
 def join_processes(args):
-    """Become one of torchrun's processes, with a device of its own."""
+    """Become one of torchrun's processes, on its own device."""
     if args.device not in (None, "cpu", "cuda"):
         raise InputError("under torchrun --device must be cpu or cuda")
     if args.device == "cuda" or args.device is None and torch.cuda.is_available():
