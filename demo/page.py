@@ -1,4 +1,4 @@
-"""demo/RESULTS.md from demo/results: fill its tables, draw its pictures. No figure is typed.
+"""RESULTS.md, and the table of README.md, from demo/results. No figure on them is typed.
 
     python demo/page.py              # needs matplotlib, see requirements-bench.txt
     python demo/page.py --check      # only whether the tables are those of the files
@@ -7,13 +7,15 @@ A table stands between a line that says what it is and one that ends it:
 
     <!-- rows FILE: COLUMN, COLUMN; COLUMN=VALUE -->
     <!-- grid FILE: COLUMN; COLUMN, COLUMN; COLUMN=VALUE -->
+    <!-- bare FILE: COLUMN; COLUMN, COLUMN; COLUMN=VALUE -->
     <!-- projection FILE: LOOKAHEAD -->
     <!-- end -->
 
 FILE.json is what a command wrote with --json. `rows` shows columns of the rows that fit; `grid` has
 a row per value of the first columns, a column per value of the others, and says how many times as
-fast; `projection` is computed, from what passes cost and what the look-ahead's file says of it.
-train-*.jsonl is what train_lookahead.py measured on its way.
+fast; `bare` is a grid without command, machine and intervals; `projection` is computed, from what
+passes cost and what the look-ahead's file says of it. train-*.jsonl is what train_lookahead.py
+measured on its way.
 """
 import argparse
 import json
@@ -25,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from files import InputError, cell, extra, open_tensors, read_json, run_script, write_file
 
 DEMO = Path(__file__).resolve().parent
-RESULTS, PAGE = DEMO / "results", DEMO / "RESULTS.md"
-TABLE = re.compile(r"(<!-- (rows|grid|projection) ([\w.-]+): (.*?) -->\n).*?(<!-- end -->)", re.S)
+RESULTS = DEMO / "results"
+PAGES = DEMO / "RESULTS.md", DEMO.parent / "README.md"
+TABLE = re.compile(r"(<!-- (\w+) ([\w.-]+): (.*?) -->\n).*?(<!-- end -->)", re.S)
 RUNGS = {"ce": "embeddings, ce: the paper", "kl": "embeddings, kl", "tv": "embeddings, tv",
          "memory": "tv + memory", "head": "tv + head", "both": "tv + memory + head"}
 
@@ -48,37 +51,50 @@ def markdown(heads, rows):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def fitting(rows, columns, conditions):
+    """The rows that have the columns, and in which each of "COLUMN=VALUE, .." holds."""
+    wanted = dict(word.split("=", 1) for word in split(conditions))
+    found = []
+    for row in rows:
+        holds = all(cell(row.get(key, "")) == value for key, value in wanted.items())
+        if holds and all(column in row for column in columns):
+            found.append(row)
+    if not found:
+        raise InputError(f"no row has {', '.join(columns)} with {conditions}")
+    return found
+
+
+def grid(rows, columns, across, show):
+    """How many times as fast: a row per value of `columns`, a column per value of `across`."""
+    heads, lines = dict.fromkeys(columns), {}
+    for row in rows:
+        head = ", ".join(cell(row[key]) for key in across)
+        heads[head] = None
+        line = lines.setdefault(tuple(cell(row[column]) for column in columns), {})
+        line[head] = show(row, "times as fast")
+    for names, line in lines.items():
+        line.update(zip(columns, names))
+    cells = [[line.get(head, "") for head in heads] for line in lines.values()]
+    return markdown(list(heads), cells)
+
+
 def table(shape, name, words):
-    """The lines of one table, and how it was measured."""
+    """One table, and how it was measured."""
     result = read_json(RESULTS / f"{name}.json")
-    said = (f"\n    python {result['command']}\n\n{' '.join(result['text'])} Commit "
-            f"{result['commit']}.\n\n")
+    measured = (f"\n    python {result['command']}\n\n{' '.join(result['text'])} Commit "
+                f"{result['commit']}.\n\n")
     if shape == "projection":
-        return said + projection(result["rows"], words) + "\n"
-    parts = [*words.split(";"), ""]
+        return f"{measured}{projection(result['rows'], words)}\n"
+    parts = [*words.split(";"), "", ""]
     columns = split(parts[0])
-    conditions = dict(word.split("=", 1) for word in split(parts[2 if shape == "grid" else 1]))
-    rows = []
-    for row in result["rows"]:
-        fits = all(cell(row.get(key, "")) == value for key, value in conditions.items())
-        if fits and all(column in row for column in columns):
-            rows.append(row)
-    if not rows:
-        raise InputError(f"no row of {name}.json fits {words}")
     if shape == "rows":
+        rows = fitting(result["rows"], columns, parts[1])
         lines = [[with_interval(row, column) for column in columns] for row in rows]
-        heads = columns
-    else:
-        across = split(parts[1])
-        cells, kinds = {}, {}
-        for row in rows:
-            kind = ", ".join(cell(row[key]) for key in across)
-            kinds[kind] = None
-            key = tuple(cell(row[column]) for column in columns)
-            cells.setdefault(key, {})[kind] = with_interval(row, "times as fast")
-        heads = [*columns, *kinds]
-        lines = [[*key, *(found.get(kind, "") for kind in kinds)] for key, found in cells.items()]
-    return said + markdown(heads, lines) + "\n"
+        return f"{measured}{markdown(columns, lines)}\n"
+    rows, across = fitting(result["rows"], columns, parts[2]), split(parts[1])
+    if shape == "bare":
+        return grid(rows, columns, across, lambda row, column: cell(row[column]))
+    return f"{measured}{grid(rows, columns, across, with_interval)}\n"
 
 
 def cost_of(columns, known):
@@ -182,13 +198,15 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
-    before = PAGE.read_text()
-    after = filled(before)
+    for page in PAGES:
+        before = page.read_text()
+        after = filled(before)
+        if args.check and before != after:
+            raise InputError(f"{page.name} is not that of demo/results: run demo/page.py")
+        if not args.check:
+            write_file(page, lambda path: path.write_text(after))
     if args.check:
-        if before != after:
-            raise InputError("demo/RESULTS.md is not that of demo/results: run demo/page.py")
         return
-    write_file(PAGE, lambda path: path.write_text(after))
     for name in ("smollm2", "demo"):
         draw_training(name)
     for name, words in PICTURES.items():

@@ -241,6 +241,9 @@ def test_tables_are_made_from_the_files(tmp_path, monkeypatch):
     assert "| method | code, 0.00 | code, 1.00 | prose, 0.00 | prose, 1.00 |\n" in made
     assert "\n| plain | 1.00 (0.90 to 1.10) |" in made and "    python bench.py speed --x\n" in made
     assert page.filled(made) == made
+    bare = page.filled("<!-- bare speed: method; text; temperature=1.00 -->\n<!-- end -->")
+    assert bare.splitlines()[1:4] == ["| method | code | prose |", "| --- | --- | --- |",
+                                      "| plain | 1.00 | 1.00 |"]
     with pytest.raises(InputError, match="no row"):
         page.filled("<!-- rows speed: method; text=verse -->\n<!-- end -->")
 
