@@ -30,7 +30,8 @@ soak: .venv/ready  ## the statistical tests with fresh seeds, for so many MINUTE
 OUT = demo/results
 measure = mkdir -p $(OUT); $(BENCH) $(2) --json $(OUT)/$(1).json
 PAPER = pass:unk pass:demo/smollm2-paper.safetensors
-SPEED = speed $(SMOLLM2) --count 6 --methods $(PAPER) pass fused=1
+SPEED = speed $(SMOLLM2) --count 6 --temperatures 0 1 \
+	--methods $(PAPER) pass=3 pass fused=1 "tree=0 1"
 
 bench: .venv/bench models/smollm2/model.safetensors  ## the tables of demo/RESULTS.md, 40 minutes
 	$(call measure,smollm2-cost,cost --model models/smollm2)
