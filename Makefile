@@ -6,14 +6,14 @@ OWN = --model demo/model --lookahead demo/model/lookahead.safetensors
 PROMPTS = --prompts demo/model/prompts.json
 SMOLLM2 = --model models/smollm2 --lookahead demo/smollm2-lookahead.safetensors
 
-FEW = --temperatures 0 --new-tokens 64 --methods pass fused=1
+FEW = --temperatures 0 --methods pass=3 fused=1
 
 demo: .venv/ready  ## PaSS on the model in demo/model, then its speed against plain decoding
 	$(RUN) $(OWN) --prompt "class Reader:"
 	$(BENCH) speed $(OWN) $(PROMPTS) --count 10 $(FEW)
 
 smollm2: models/smollm2/model.safetensors  ## the same on a real LLaMA, made from a wheel
-	$(RUN) $(SMOLLM2) --prompt "import unittest"
+	$(RUN) $(SMOLLM2) --length 3 --prompt "import unittest"
 	$(BENCH) speed $(SMOLLM2) --kinds code --count 5 $(FEW)
 
 test: .venv/extras  ## the proofs

@@ -86,3 +86,11 @@ def test_commands_have_their_options(words, monkeypatch):
         module.main()
     known = set(re.findall(r"--[a-z][\w-]*", said.getvalue()))
     assert ended.value.code == 0 and {word for word in words if word.startswith("--")} <= known
+
+
+def test_figures_are_those_of_the_result_files(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "demo"))
+    import page
+    for path in page.PAGES:
+        text = path.read_text()
+        assert page.filled(text) == text, f"{path.name}: run demo/page.py"
