@@ -593,20 +593,20 @@ def commit():
 
 def tell(parts, path):
     """Print paragraphs (str) and rows of tables (dict) as they come; keep them in a JSON file."""
-    text, rows, columns = [], [], None
+    text, rows, columns, of_code = [], [], None, commit()
     for part in parts:
         if isinstance(part, str):
             text.append(part)
             columns = None
-            print(f"\n{part}\n", flush=True)
+            print(f"\n{part}", flush=True)
             continue
         if list(part) != columns:
             columns = list(part)
-            print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+            print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         rows.append(part)
         print(f"| {' | '.join(map(cell, part.values()))} |", flush=True)
     if path:
-        about = {"command": shlex.join(sys.argv), "commit": commit(),
+        about = {"command": shlex.join(sys.argv), "commit": of_code,
                  "python": platform.python_version(), "text": text, "rows": rows}
         content = json.dumps(about, indent=1) + "\n"
         write_file(path, lambda temporary: temporary.write_text(content))
