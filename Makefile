@@ -33,7 +33,7 @@ PAPER = pass:unk pass:demo/smollm2-paper.safetensors
 SPEED = speed $(SMOLLM2) --count 6 --temperatures 0 1 \
 	--methods $(PAPER) pass=3 pass fused=1 "tree=0 1"
 
-bench: .venv/bench models/smollm2/model.safetensors  ## the tables of demo/RESULTS.md, 40 minutes
+bench: .venv/bench models/smollm2/model.safetensors  ## the tables of demo/RESULTS.md
 	$(call measure,smollm2-cost,cost --model models/smollm2)
 	$(call measure,smollm2-cost-bfloat16,cost --model models/smollm2 --dtype bfloat16)
 	$(call measure,demo-cost,cost --model demo/model)
@@ -57,7 +57,7 @@ llama: .venv/bench $(GGUF)  ## llama.cpp among the peers: compiles it, half an h
 	.venv/bin/python -m pip install -q llama-cpp-python
 	$(call measure,smollm2-peers,$(PEERS) --gguf $(GGUF))
 
-# On a GPU; `make bench-gpu OUT=FOLDER` leaves the files elsewhere. Eight minutes on an H200.
+# On a GPU; `make bench-gpu OUT=FOLDER` leaves the files elsewhere.
 WITH_GPU = --device cuda --new-tokens 128
 bench-gpu: .venv/bench models/smollm2/model.safetensors  ## the same on a GPU
 	$(call measure,gpu-cost,cost --model models/smollm2 --device cuda)

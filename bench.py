@@ -13,7 +13,6 @@ the tables of demo/RESULTS.md. --methods takes METHOD[:LOOKAHEAD][=SHAPE], such 
 pass:FILE=2, "tree=0 1 00", tree=auto, draft-model=4. Read `interleaved`, `interval`, `compared`.
 """
 import argparse
-import gc
 import itertools
 import platform
 import statistics
@@ -165,7 +164,7 @@ def decoder(args, model, tokenizer, spec, params, rows, context, stop_tokens=())
 
 def compared(args, model, tokenizer, methods, peers=None):
     """Paragraphs and rows: for each text, number of rows, temperature and top-k, the methods that
-    methods(temperature) names, and peers {name: f(tokens, temperature, prompts, seed)}."""
+    methods(temperature) names, and peers {name: f(new_tokens, params, prompts, seed)}."""
     prompts = read_prompts(args, model, tokenizer)
     yield described(args, model, prompts)
     yield (f"Times as fast: time per token of the first method by that of this one, prefill apart, "
@@ -175,7 +174,6 @@ def compared(args, model, tokenizer, methods, peers=None):
         units = [(some * rows)[i:i + rows] for i in range(0, len(some), rows)]
         context = max(map(len, some)) + args.new_tokens
         decoders = {}
-        gc.collect()  # the last setting's samplers know themselves
         for spec in ["autoregressive", *methods(t)]:
             name, decode = decoder(args, model, tokenizer, spec, Params(t, k), rows, context)
             decoders[name] = decode
@@ -219,20 +217,22 @@ def timed_pass(model, cache, T, graph):
     def run():
         return model.logits(model(tokens, cache))[0, 0, 0]
 
-    result = run()
+    def replay():
+        recorded.replay()
+        return result
+
+    once = run
     if graph and tokens.is_cuda:
-        recorded = torch.cuda.CUDAGraph()
+        run()  # warms up: only then can it be recorded
+        recorded, once = torch.cuda.CUDAGraph(), replay
         with torch.cuda.graph(recorded):
             result = run()
 
     def timed(unit, turn):
         start = time.perf_counter()
-        if graph and tokens.is_cuda:
-            recorded.replay()
-            result.item()  # waits for the GPU
-        else:
-            run().item()
+        once().item()  # waits for a GPU
         return time.perf_counter() - start
+
     return timed
 
 

@@ -4,7 +4,6 @@ A reader of the method can skip this file. Bad input raises InputError, whose te
 names the cause and the remedy. Output is written whole or not at all.
 """
 import codecs
-import gc
 import hashlib
 import importlib
 import json
@@ -90,13 +89,13 @@ def device_named(name):
         raise InputError(f"device {name!r} cannot be used here; --device cpu always can") from None
 
 
-def extra(module):
-    """An optional package."""
+def extra(module, listed="requirements-bench.txt"):
+    """An optional package, and the file that lists it."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise InputError(f"this needs the package {module.split('.')[0]}: pip install -r "
-                         f"requirements-bench.txt") from None
+        raise InputError(f"this needs the package {module.split('.')[0]}: pip install -r {listed}"
+                         ) from None
 
 
 # ----------------------------------------- reading, writing
@@ -614,7 +613,6 @@ def tell(parts, path):
 
 def peak_memory(device, work):
     """Bytes held at most while work() runs, beyond what was held before."""
-    gc.collect()  # or samplers that know themselves would count as held before
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

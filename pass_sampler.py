@@ -13,6 +13,7 @@ import importlib
 import inspect
 import math
 import time
+import weakref
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -261,7 +262,8 @@ class Sampler:
         self.x = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.alive = torch.zeros(rows, dtype=torch.long, device=device)
         self.finite = torch.ones(rows, dtype=torch.bool, device=device)
-        self.method = method_named(method)(self, **options)
+        # Weakly: a cycle would keep the caches.
+        self.method = method_named(method)(weakref.proxy(self), **options)
         self.u = torch.zeros(rows, self.method.uniforms, dtype=torch.float64, device=device)
         self.generator = torch.Generator(device)
         self.recorded, self.result = None, None
@@ -394,9 +396,7 @@ def generate(model, prompts, method="pass", params=Params(), max_new_tokens=128,
     files.check_prompts(prompts, max_new_tokens, model.config)
     context = max(map(len, prompts)) + max_new_tokens
     sampler = Sampler(model, method, params, len(prompts), context, graph, **options)
-    result = sampler.generate(prompts, max_new_tokens, seed, on_token)
-    sampler.method = None  # or a cycle keeps the caches
-    return result
+    return sampler.generate(prompts, max_new_tokens, seed, on_token)
 
 
 # --------------------------------------------- command line

@@ -4,7 +4,7 @@
     python pass_sampler.py --model models/smollm2 --method draft-model --draft-model models/draft
 
 A LLaMA of 16 M parameters with the large model's tokenizer learns the large model's distributions,
-KL(p || q), on texts that the large model wrote (beyond/own_texts.py). An hour on 2 cores.
+KL(p || q), on texts that the large model wrote (beyond/own_texts.py).
 """
 import argparse
 import json

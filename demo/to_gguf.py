@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import smollm2
-from files import InputError, check_writable, run_script, write_file
+from files import InputError, check_writable, extra, run_script, write_file
 from model import Llama
 
 TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
@@ -34,11 +34,7 @@ def interleaved_halves(weight, heads):
 
 
 def write(model, kind, path):
-    try:
-        import gguf
-    except ImportError:
-        raise InputError("this needs the package gguf: pip install -r requirements-smollm2.txt"
-                         ) from None
+    gguf = extra("gguf", "requirements-smollm2.txt")
     c = model.config
     if c.rope["rope_type"] != "default":
         raise InputError(f"rotary scaling {c.rope['rope_type']} is not supported here")

@@ -24,7 +24,7 @@ from pass_sampler import Params
 from test_beyond import BOTH, check_groups, check_rule_for_trees, check_siblings
 from test_equivalence import check_joint, check_probs, check_rule, check_zeros
 from test_model import check_model, check_one_row, check_types
-from test_sampler import check_ended_rows, check_memory, check_recordable, check_stops
+from test_sampler import check_ended_rows, check_freed, check_memory, check_recordable, check_stops
 from test_bench import check_compared, check_interval
 from test_train import check_columns, check_expected, check_frozen, check_gradients
 
@@ -410,6 +410,9 @@ MUTANTS = {
     "a weight of the frozen model moves": mutant(
         "the model is frozen", check_frozen, "train_lookahead",
         "    optimizer.step()\n", "    optimizer.step()\n    model.norm.data += 1e-6\n"),
+    "a step keeps its sampler": mutant(
+        "a sampler that nobody holds is freed", lambda code: check_freed(code, ["pass"]),
+        "pass_sampler", "weakref.proxy(self)", "self"),
     # What is measured
     "rounds taken for prompts": mutant(
         "the interval holds for other prompts", check_interval, "bench",

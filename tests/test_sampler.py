@@ -1,6 +1,8 @@
 """The loop that all methods share: where texts end, seeds, many prompts, statistics; and that a
 step is what a GPU can record: of fixed shapes, in place, without waiting for the device."""
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -324,3 +326,24 @@ def test_nothing_changes_its_arguments():
     del llama
     gc.collect()
     assert gone() is None
+
+
+def check_freed(code, methods=METHODS):
+    """A sampler is freed when nobody holds it, by counting references: the garbage collector comes
+    late, and caches are large."""
+    module, model = code.pass_sampler, code.tiny(6)
+    gc.disable()
+    try:
+        for method in methods:
+            s = module.Sampler(model, method, module.Params(1), 1, 20, **options(method, model))
+            s.generate([[1, 2]], 4)
+            freed = weakref.ref(s)
+            del s
+            assert freed() is None, f"a sampler of {method} is kept by itself"
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_samplers_are_freed(method):
+    check_freed(REAL, [method])
