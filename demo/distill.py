@@ -68,14 +68,14 @@ def states(model, texts):
 
 @torch.no_grad()
 def agreement(small, large, texts, targets):
-    """{what: share of places}: a draft is accepted at temperature 1, and at 0."""
+    """{what: share of places}: a draft is accepted at temperature 0, and at 1."""
     accepted, same, places = 0.0, 0, texts.numel()
     for h, target in zip(states(small, texts), targets):
         q = small.logits(h.to(small.embedding.device)).float().softmax(-1)
         p = large.logits(target.to(large.embedding.device)).float().softmax(-1)
         accepted += torch.minimum(p, q).sum().item()
         same += (p.argmax(-1) == q.argmax(-1)).sum().item()
-    return {"accepted at 1": round(accepted / places, 4), "at 0": round(same / places, 4)}
+    return {"accepted at 0": round(same / places, 4), "at 1": round(accepted / places, 4)}
 
 
 def main():
@@ -87,9 +87,12 @@ def main():
     add("--steps", type=int, default=600, help=f"of {BATCH} texts (default: 600)")
     add("--out", type=Path, default=Path("models/draft"), help="folder (default: models/draft)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--json", type=Path, help="file for what was measured on the way")
     args = parser.parse_args()
     files.check_seed(args.seed)
     files.check_number("steps", args.steps, 2**40)
+    if args.json:
+        files.check_writable(args.json)
     device = files.device_named(args.device)
     dtype = DTYPES.get(args.dtype, torch.bfloat16)
     large = Llama.load(args.model, dtype, device, packed=False)
@@ -115,11 +118,14 @@ def main():
 
     settings = {"steps": args.steps, "seed": args.seed, "dtype": str(dtype),
                 "model": files.fingerprint(large.config), "texts": files.digest(texts)}
-    train(small, args, settings, args.out / "checkpoint", add_gradients,
-          lambda: agreement(small, large, texts[:HELD], targets[:HELD]), RATES)
+    curve = train(small, args, settings, args.out / "checkpoint", add_gradients,
+                  lambda: agreement(small, large, texts[:HELD], targets[:HELD]), RATES)
     write_config(small.config, args.model, args.out)
     files.write_tensors(small.named_weights(), args.out / "model.safetensors", {"format": "pt"})
-    print(f"{args.out}: {sum(p.numel() for p in small.parameters()) / 1e6:.1f} M parameters")
+    size = sum(p.numel() for p in small.parameters())
+    rows = [{"step": step, "loss": loss} | shares | {"seconds": seconds}
+            for step, loss, shares, seconds in curve]
+    files.tell([f"{args.out}: {size / 1e6:.1f} M parameters.", *rows], args.json)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def train(model, args, settings, checkpoint, add_gradients, measure, rates=RATES
     """Train all weights for args.steps, from `checkpoint` if args.resume.
 
     add_gradients(step) adds the gradients of that step's loss, and returns it. measure() is a dict.
-    Returns the curve: [step, mean loss since the last, what measure gave].
+    Returns the curve: [step, mean loss since the last, what measure gave, seconds of all steps].
     """
     names, weights = zip(*model.named_parameters())
     # The model computes in bfloat16; what the optimizers change is float32, or small changes would
@@ -229,7 +229,7 @@ def train(model, args, settings, checkpoint, add_gradients, measure, rates=RATES
         torch.optim.Muon(list(matrices.values()), rates["muon"]),
         torch.optim.AdamW(list(others.values()), rates["adamw"], (0.9, 0.95), weight_decay=0.01)]
     moments = {name: optimizers[1 if name in others else 0].state[m] for name, m in masters.items()}
-    state = {"settings": settings, "step": 0, "losses": [], "curve": []}
+    state = {"settings": settings, "step": 0, "seconds": 0.0, "losses": [], "curve": []}
     saved = time.monotonic()
 
     def to_model():
@@ -242,6 +242,7 @@ def train(model, args, settings, checkpoint, add_gradients, measure, rates=RATES
     bar = tqdm(total=args.steps, initial=state["step"], smoothing=0.1, unit="step",
                mininterval=1 if sys.stderr.isatty() else 60)
     while state["step"] < args.steps:
+        start = time.monotonic()
         done, losses = state["step"] / args.steps, state["losses"]
         losses.append(add_gradients(state["step"]))
         for weight, master in zip(weights, masters.values()):
@@ -251,12 +252,14 @@ def train(model, args, settings, checkpoint, add_gradients, measure, rates=RATES
             optimizer.param_groups[0]["lr"] = rate * min(done / WARM_UP + 0.01, 1) * (1 - done)
             optimizer.step()
         to_model()
+        state["seconds"] += time.monotonic() - start
         state["step"] += 1
         bar.update()
         last = state["step"] == args.steps
         if state["step"] % math.ceil(args.steps / EVALUATIONS) == 0 or last:
             mean = round(sum(losses) / len(losses), 4)
-            state["curve"].append([state["step"], mean, measure()])
+            seconds = round(state["seconds"], 1)
+            state["curve"].append([state["step"], mean, measure(), seconds])
             tqdm.write(json.dumps(state["curve"][-1]), file=sys.stderr)
             losses.clear()
         if time.monotonic() - saved > CHECKPOINT_SECONDS or last:
