@@ -5,7 +5,7 @@
     python bench.py speed --model DIR --lookahead FILE       how fast is each method?
     python bench.py length --model DIR --lookahead FILE      how many look-ahead tokens, which tree?
     python bench.py memory --model DIR --lookahead FILE      what is added, what is held at most?
-    python bench.py quality --model DIR --lookahead FILE     is it still the model that speaks?
+    python bench.py quality --model DIR --lookahead FILE     are the texts as good?
     python bench.py peers --model DIR --lookahead FILE       how fast are others, same weights?
 
 --json FILE keeps the numbers and what they were measured on; `make bench` and `make bench-gpu` make
@@ -76,7 +76,7 @@ def against_first(decoders, units, args, what):
 
     def seconds_per_token(name, prompts, turn):
         result = decoders[name](prompts, args.seed + turn)
-        per_pass[name].append(result.get("tokens_per_pass", 0))
+        per_pass[name].append(result.get("tokens_per_pass"))
         decoding = result["seconds"] - result["prefill_seconds"] - result.get("capture_seconds", 0)
         return decoding / sum(map(len, result["tokens"]))
 
@@ -85,7 +85,8 @@ def against_first(decoders, units, args, what):
     plain, rows = next(iter(seconds.values())), {}
     for name, taken in seconds.items():
         middle, low, high = interval(plain / taken)
-        rows[name] = {"tokens per pass": statistics.mean(per_pass[name][1:]),
+        known = None not in per_pass[name]  # of others it is not
+        rows[name] = {"tokens per pass": statistics.mean(per_pass[name][1:]) if known else "",
                       "tokens/s": 1 / taken.quantile(0.5).item(),
                       "times as fast": middle, "from": low, "to": high}
     return rows
@@ -131,7 +132,8 @@ def read_prompts(args, model, tokenizer):
 def described(args, model, prompts):
     lengths = [len(prompt) for some in prompts.values() for prompt in some]
     return (f"{machine(model)}. {len(lengths)} held-out prompts of {min(lengths)} to "
-            f"{max(lengths)} tokens, {args.new_tokens} new ones; look-ahead {args.lookahead}.")
+            f"{max(lengths)} tokens, {args.new_tokens} new ones. Look-ahead, where none is named: "
+            f"{args.lookahead}.")
 
 
 def decoder(args, model, tokenizer, spec, params, rows, context, stop_tokens=()):
@@ -147,13 +149,15 @@ def decoder(args, model, tokenizer, spec, params, rows, context, stop_tokens=())
     elif shape:
         number = int(shape)
     if file or "lookahead" in known:
-        options["lookahead"] = load_lookahead(file or args.lookahead, model, tokenizer, number)
+        options["lookahead"] = load_lookahead(
+            file or args.lookahead, model, number, tokenizer)
     elif number is not None:
         options["length"] = number
     if "draft_model" in known and args.draft_model:
         options["draft_model"] = load_draft_model(args.draft_model, model, tokenizer)
     if shape == "auto":
-        options["tree"] = choose(model, options["lookahead"], params.temperature, rows)
+        options["tree"] = choose(
+            model, options["lookahead"], params.temperature, rows, not args.no_graph)
         spec = f"{spec} ({options['tree'] or 'plain decoding'})"
         if options["tree"] is None:  # none is worth its columns
             method, options = "autoregressive", {}
@@ -258,21 +262,21 @@ def random_model(args):
 def acceptance(args):
     """How often a draft is accepted, on texts that the model writes after the prompts."""
     model, tokenizer = load(args)
-    lookahead = load_lookahead(args.lookahead, model, tokenizer)
+    lookahead = load_lookahead(args.lookahead, model, None, tokenizer)
     prompts, L = read_prompts(args, model, tokenizer), len(lookahead.embeddings)
     shortest = min(len(prompt) for some in prompts.values() for prompt in some)
     if shortest < PROMPT or args.new_tokens <= L:
         raise InputError(f"prompts must have {PROMPT} tokens, new ones be more than the {L} drafts")
     yield described(args, model, prompts)
-    yield ("one of k: the probability that one of k candidates is accepted there; of the chain: "
-           "the accepted drafts of a step, on average.")
+    yield (f"Of a prompt its last {PROMPT} tokens. One of k: the probability that one of k "
+           f"candidates is accepted there; of the chain: the accepted drafts per step.")
     for kind, rows in prompts.items():
         ends = torch.tensor([row[-PROMPT:] for row in rows])
         length = PROMPT + args.new_tokens
         for t in args.temperatures:
             texts = {t: own_texts(model, ends, t, args.seed, length)}
             for start in args.positions:
-                table = evaluate(model, lookahead, texts, start)[str(t)]
+                table = evaluate(model, lookahead, texts, start)[t]
                 for j, ranks in enumerate(table["by_rank"], 1):
                     row = {"text": kind, "temperature": t, "first token at": start, "draft": j}
                     row |= {f"one of {k}": share for k, share in enumerate(ranks, 1)}
@@ -288,7 +292,7 @@ def length(args):
     """How many look-ahead tokens, and which tree: the best of so many columns, by the acceptance
     in the file."""
     model, tokenizer = load(args)
-    lookahead = load_lookahead(args.lookahead, model, tokenizer)
+    lookahead = load_lookahead(args.lookahead, model, None, tokenizer)
 
     def methods(temperature):
         lengths = range(1, 1 + len(lookahead.embeddings))
@@ -303,7 +307,7 @@ def length(args):
 def memory(args):
     """What a method adds to the model, and the most that is held at once."""
     model, tokenizer = load(args)
-    lookahead = load_lookahead(args.lookahead, model, tokenizer)
+    lookahead = load_lookahead(args.lookahead, model, None, tokenizer)
     sizes = {"the model": parameters(model)}
     for name, part in vars(lookahead).items():
         if torch.is_tensor(part):
@@ -385,7 +389,7 @@ OPTIONS = {
     "top-k": dict(type=int, nargs="+", default=[0], help="0 is off (default: 0)"),
     "rows": dict(type=int, nargs="+", default=[1], help="prompts side by side (default: 1)"),
     "rounds": dict(type=int, default=3, help="over all prompts (default: 3; of cost 25)"),
-    "no-graph": dict(action="store_true", help="of a GPU"),
+    "no-graph": dict(action="store_true", help="do not record steps as CUDA graphs"),
     "shape": dict(choices=["1b", "7b"], help="random weights of that size, in place of --model"),
     "positions": dict(type=int, nargs="+", default=[0], help="of the first token (default: 0)"),
     "columns": dict(type=int, nargs="+", default=[6, 12], help="of a tree (default: 6 12)"),

@@ -4,6 +4,7 @@ A reader of the method can skip this file. Bad input raises InputError, whose te
 names the cause and the remedy. Output is written whole or not at all.
 """
 import codecs
+import ctypes
 import hashlib
 import importlib
 import json
@@ -32,7 +33,7 @@ class InputError(ValueError):
 
 
 # How PyTorch says that something does not fit.
-MEMORY = re.compile("memory|allocate|Storage size calculation overflowed", re.IGNORECASE)
+MEMORY = re.compile("(out of|not enough) memory|allocate|ALLOC_FAILED|calculation overflowed")
 
 
 def run_script(main):
@@ -89,13 +90,12 @@ def device_named(name):
         raise InputError(f"device {name!r} cannot be used here; --device cpu always can") from None
 
 
-def extra(module, listed="requirements-bench.txt"):
-    """An optional package, and the file that lists it."""
+def extra(module, remedy="pip install -r requirements-bench.txt"):
+    """An optional package. Where it is missing, InputError names the remedy."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise InputError(f"this needs the package {module.split('.')[0]}: pip install -r {listed}"
-                         ) from None
+        raise InputError(f"this needs the package {module.split('.')[0]}: {remedy}") from None
 
 
 # ----------------------------------------- reading, writing
@@ -155,8 +155,8 @@ def write_file(path, save):
 
     What a symlink points to is written; a device or a pipe is written to and stays what it is.
     """
-    path = path.resolve()
-    temporary = path.with_name(path.name + ".tmp")
+    target = path.resolve()
+    temporary = target.with_name(target.name + ".tmp")
     try:
         if path.exists() and not path.is_file():
             with tempfile.TemporaryDirectory() as folder:
@@ -167,7 +167,7 @@ def write_file(path, save):
         mode = temporary.stat().st_mode
         save(temporary)
         temporary.chmod(mode)  # safetensors' own files are for their owner only
-        temporary.replace(path)
+        temporary.replace(target)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error}") from None
@@ -306,10 +306,11 @@ def summary(result):
     tokens = sum(map(len, result["tokens"]))
     seconds = result["seconds"] - result["capture_seconds"]
     each = " and text" if len(result["tokens"]) > 1 else ""
-    shares = " ".join(f"{share:.2f}" for share in result["accepted_by_position"])
+    shares = " ".join(f"{share:.2f}" for share in result["accepted_at_least"])
+    kept = f"at least 1, 2, .. drafts accepted in {shares} of steps, " if shares else ""
     return (f"{result['method']} on {result['device']}: {tokens} tokens, "
             f"{result['passes']} passes, {result['tokens_per_pass']:.2f} tokens per pass{each}, "
-            f"{'accepted by position ' + shares + ', ' if shares else ''}{seconds:.2f} s "
+            f"{kept}{seconds:.2f} s "
             f"({result['prefill_seconds']:.2f} s of it prefill), "
             f"{tokens / seconds:.1f} tokens/s")
 
@@ -536,11 +537,7 @@ def byte_alphabet():
 
 def from_tokenizers(path, config):
     """tokenizer.json, if it is of the kinds that LLaMAs have."""
-    try:
-        import tokenizers
-    except ImportError:
-        raise InputError(f"{path} needs the optional package tokenizers: pip install "
-                         f"tokenizers") from None
+    tokenizers = extra("tokenizers", "pip install -r requirements-smollm2.txt")
     try:
         hf = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exception
@@ -573,7 +570,10 @@ def from_tokenizers(path, config):
     return Tokenizer(lambda text: hf.encode(text).ids, pieces, unk)
 
 
+# ------------------------------- tables, what was measured
+
 def cell(value):
+    """A number of a table, or a word, as text."""
     if isinstance(value, float):
         digits = 2 - sum(abs(value) >= bound for bound in (10, 100))
         return f"{value:.1g}" if 0 < abs(value) < 0.005 else f"{value:.{digits}f}"
@@ -624,11 +624,12 @@ def peak_memory(device, work):
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(word))
 
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
         before = held("VmRSS")
         work()
         return held("VmHWM") - before
-    except OSError as error:
+    except (OSError, AttributeError) as error:
         raise InputError(f"peak memory cannot be measured here: {error}") from None
 
 
@@ -721,7 +722,7 @@ def fingerprint(config):
     return hashlib.sha256(shape.encode()).hexdigest()[:16]
 
 
-def read_lookahead(path, model, tokenizer, length=None):
+def read_lookahead(path, model, length=None, tokenizer=None):
     """{name: tensor} and the measured acceptance of a file that train_lookahead.py wrote, with the
     first `length` of its L embeddings. Or what path names is no file: see `load_lookahead`.
 
@@ -735,8 +736,8 @@ def read_lookahead(path, model, tokenizer, length=None):
     if path == "mean":
         return {"embeddings": model.embedding.mean(0).repeat(length or 4, 1)}, {}
     if path == "unk":
-        if tokenizer.unk is None:
-            raise InputError("this tokenizer has no unknown token; use mean, or a trained file")
+        if tokenizer is None or tokenizer.unk is None:
+            raise InputError("the tokenizer has no unknown token; use mean, or a trained file")
         return {"embeddings": model.embedding[tokenizer.unk].repeat(length or 4, 1)}, {}
     with open_tensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -748,8 +749,10 @@ def read_lookahead(path, model, tokenizer, length=None):
             shares = [float(temperature), row["expected"], *row["by_position"]]
             for ranks in row["by_rank"]:
                 shares += ranks
-            if not all(row["by_rank"]) or not all(0 <= share < math.inf for share in shares):
+            ranks_there = row["by_rank"] and all(row["by_rank"])
+            if not ranks_there or not all(0 <= share < math.inf for share in shares):
                 raise ValueError("acceptance must be numbers")
+        acceptance = {float(temperature): row for temperature, row in acceptance.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: its metadata is damaged: {error!r}") from None
     if about.get("model", fingerprint(config)) != fingerprint(config):

@@ -1,10 +1,10 @@
 """LLaMA in one file: configuration, key/value cache, forward pass, loading.
 
-One idea carries the repository: *a decoder is a choice of block*. A block is T columns per row:
-tokens, or vectors in the place of tokens. `Llama.forward` runs a block after the text that the
-cache holds. The caller says at which positions the columns stand and what each of them sees, and
-afterwards commits the columns that turned out to be right; the others are as if they had never
-run. Prefill, plain decoding and both passes of PaSS differ in nothing else.
+A *block* is T columns per row: tokens, or vectors in the place of tokens. `Llama.forward` runs a
+block after the text that the cache holds. The caller says at which positions the columns stand and
+what each of them sees, and afterwards commits the columns that turned out to be right; the others
+are as if they had never run. Prefill, plain decoding and both passes of PaSS differ in nothing
+else: a decoder is a choice of blocks.
 
 Shapes: B batch rows, T block columns, S cache slots, V vocabulary, D width, R memory slots,
 H query heads, K key/value heads, G = H/K, E width of a head.
@@ -64,7 +64,7 @@ class Cache:
         # the keys of a layer are (B*K,S,E) without a copy, which is what a GPU multiplies.
         self.kv = like.new_zeros(c.n_layers, 2, rows, c.n_kv_heads, slots, c.head_dim)
         self.length = torch.zeros(rows, dtype=torch.long, device=like.device)
-        self.memory = 0  # R, the number of memory slots
+        self.memory_slots = 0  # R
         self.reads_all = like.is_cuda  # a GPU wants fixed shapes: it looks at all slots
 
     def with_memory(self, memory):
@@ -76,13 +76,13 @@ class Cache:
         rows = self.kv.shape[2]
         memory = memory.transpose(2, 3)[:, :, None]  # (layers,2,1,K,R,E)
         cache.kv = torch.cat([memory.expand(-1, -1, rows, -1, -1, -1), self.kv], 4)
-        cache.memory = memory.shape[4]
+        cache.memory_slots = memory.shape[4]
         return cache
 
     def next(self, T):
         """(B,1) and (B,T): rows and slots, as indices, of the next block of T columns."""
         rows, device = len(self.length), self.length.device
-        slots = self.memory + self.length[:, None] + torch.arange(T, device=device)
+        slots = self.memory_slots + self.length[:, None] + torch.arange(T, device=device)
         return torch.arange(rows, device=device)[:, None], slots
 
     def mask(self, T, visible=None, sees_memory=None):
@@ -92,8 +92,8 @@ class Cache:
         included; None is causal. sees_memory (T,): which columns see the memory; None is none.
         """
         rows, device = len(self.length), self.length.device
-        S = self.kv.shape[4] if self.reads_all else self.memory + int(self.length.max()) + T
-        slot = torch.arange(S, device=device) - self.memory  # the memory is negative
+        S = self.kv.shape[4] if self.reads_all else self.memory_slots + int(self.length.max()) + T
+        slot = torch.arange(S, device=device) - self.memory_slots  # the memory is negative
         committed = (slot >= 0) & (slot < self.length[:, None, None])
         seen = committed.repeat(1, T, 1)
         if sees_memory is not None:
@@ -237,7 +237,7 @@ class Llama(nn.Module):
         H, K, E, G = c.n_heads, c.n_kv_heads, c.head_dim, c.n_heads // c.n_kv_heads
         rows, slots = cache.next(T)
         if positions is None:
-            positions = slots - cache.memory
+            positions = slots - cache.memory_slots
         if mask is None:
             mask = cache.mask(T)
         S = mask.shape[2]
@@ -313,7 +313,8 @@ class Llama(nn.Module):
             raise InputError(f"no model folder {folder}; demo/model is one")
         config = Config.load(folder)
         own = DTYPES[config.dtype]
-        packed &= packs(device) and (dtype == torch.float16 or dtype is None and own.itemsize == 2)
+        half = dtype == torch.float16 or dtype is None and own.itemsize == 2
+        packed = packed and half and has_fbgemm(device)
         try:
             model = cls(config, own if packed or dtype is None else dtype, device)
         except RuntimeError as error:
@@ -361,8 +362,8 @@ def copy_weight(target, file, name, path):
                          f"damaged?")
 
 
-def packs(device):
-    """Does PyTorch have here what `pack` wants, FBGEMM on x86?"""
+def has_fbgemm(device):
+    """Is there what `pack` needs, a CPU with FBGEMM (x86)?"""
     engines = torch.backends.quantized.supported_engines
     return torch.device(device).type == "cpu" and "fbgemm" in engines
 

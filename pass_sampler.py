@@ -99,7 +99,7 @@ def verify(p, q, drafts, u):
     accepted draft with probability q(x) min(1, p(x)/q(x)) = min(p(x), q(x)). A rejection has
     probability 1 - sum_y min(p(y), q(y)) = sum_y max(0, p(y) - q(y)), which is just what the
     residual is divided by, so x comes out after one with probability max(0, p(x) - q(x)).
-    The sum is p(x), whatever q is. A bad q costs time, never truth.
+    The sum is p(x), whatever q is. With a bad q only time is lost.
     """
     p_draft = p[:, :-1].gather(-1, drafts[..., None])[..., 0]  # (B,L)
     q_draft = q.gather(-1, drafts[..., None])[..., 0]
@@ -137,7 +137,7 @@ class Lookahead:
         groups = self.embeddings.repeat((columns - T) // len(self.embeddings), 1)
         x = torch.cat([model.embed(tokens), groups.expand(len(tokens), -1, -1)], 1)
         sees_memory = None
-        if cache.memory:
+        if cache.memory_slots:
             sees_memory = torch.arange(columns, device=x.device) >= T
         return model(x, cache, positions, cache.mask(columns, visible, sees_memory))
 
@@ -162,7 +162,7 @@ class Method(NamedTuple):
     """
     step: Callable
     uniforms: int
-    drafts: int = 0  # per step; they stand in `tokens` just before the last token
+    drafts: int = 0  # that a step keeps at most; they end at the last token but one that counts
     passes: int = 1  # of the model, per step
     start: Callable = None  # start(tokens (B,n), lengths (B,)) is told the prompts
 
@@ -289,7 +289,7 @@ class Sampler:
 
     def prefill(self, prompts):
         """Commit each prompt but for its last token, which becomes x. Reset all else."""
-        prompts = prompts + [[0]] * (self.rows - len(prompts))
+        prompts = [*prompts, *[[0]] * (self.rows - len(prompts))]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.x.device)
         tokens = [torch.tensor(prompt) for prompt in prompts]
         tokens = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(self.x.device)
@@ -336,7 +336,7 @@ class Sampler:
         on_token(row, token, from_draft) is called for each token as it is made. stop_tokens: ids
         that end a text (None: the model's). The same seed, rows and machine give the same text.
         Returns a dict: tokens and from_draft, lists per row; stop_reason per row ("stop", "length",
-        "context"); passes, prefill apart; accepted_by_position, the share of steps that kept d_1,
+        "context"); passes, prefill apart; accepted_at_least, the share of steps that kept d_1,
         d_1 and d_2, ..; tokens_per_pass of a row; seconds, with prefill_ and capture_seconds.
         """
         c = self.model.config
@@ -383,7 +383,7 @@ class Sampler:
         return {
             "method": self.name, "device": str(self.x.device), "passes": passes,
             "tokens": texts, "from_draft": from_draft, "stop_reason": ending,
-            "accepted_by_position": [round(n / len(accepted), 4) for n in kept],
+            "accepted_at_least": [round(n / len(accepted), 4) for n in kept],
             "tokens_per_pass": round(sum(map(len, texts)) / len(texts) / passes, 4),
             "seconds": time.perf_counter() - start,
             "prefill_seconds": prefill_seconds, "capture_seconds": self.capture_seconds,
@@ -401,10 +401,10 @@ def generate(model, prompts, method="pass", params=Params(), max_new_tokens=128,
 
 # --------------------------------------------- command line
 
-def load_lookahead(spec, model, tokenizer, length=None):
-    """The Lookahead of a file; or, untrained, "unk", the unknown token's embedding, or "mean", that
-    of all tokens. length: L (None: the file's, or 4)."""
-    tensors, acceptance = files.read_lookahead(spec, model, tokenizer, length)
+def load_lookahead(spec, model, length=None, tokenizer=None):
+    """The Lookahead of a file; or, untrained, "mean", the mean embedding of all tokens, or "unk",
+    that of the tokenizer's unknown token. length: L (None: the file's, or 4)."""
+    tensors, acceptance = files.read_lookahead(spec, model, length, tokenizer)
     if len(tensors) == 1:
         return Lookahead(**tensors, acceptance=acceptance)
     from beyond.lookahead import LookaheadPlus
@@ -417,7 +417,7 @@ def method_options(args, model, tokenizer):
     given = {name: getattr(args, name) for name in words if getattr(args, name) is not None}
     if "lookahead" in known:
         spec, length = given.get("lookahead", "mean"), given.pop("length", None)
-        given["lookahead"] = load_lookahead(spec, model, tokenizer, length)
+        given["lookahead"] = load_lookahead(spec, model, length, tokenizer)
     files.check_options(args.method, given, known)
     if args.draft_model:
         from beyond.draft_model import load_draft_model
@@ -441,7 +441,7 @@ def main():
             help="(default: %(default)s, greedy or off)")
     add("--max-new-tokens", type=int, default=128)
     add("--samples", type=int, default=1, help="texts")
-    add("--no-graph", action="store_true", help="of a GPU")
+    add("--no-graph", action="store_true", help="do not record steps as CUDA graphs")
     add("--json", action="store_true")
     args = parser.parse_args()
     params = Params(**{f.name: getattr(args, f.name) for f in fields(Params)})

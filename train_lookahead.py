@@ -67,10 +67,10 @@ def states(model, lookahead, text, places, offset, cache, target):
     # LA_j, after n tokens, stands where x_{n+j} does, text[n+j-1], and guesses x_{n+j+1}.
     here = (places[:, :, None] + torch.arange(L, device=text.device)).flatten(1)  # (B,M*L)
     # A group sees the memory, the text up to its place, and itself, causally.
-    start = cache.memory + text.shape[1]
+    start = cache.memory_slots + text.shape[1]
     slot = torch.arange(start + M * L, device=text.device)
     group = torch.arange(M * L, device=text.device) // L
-    mask = slot < cache.memory + places.repeat_interleave(L, 1)[:, :, None]  # (B,M*L,S)
+    mask = slot < cache.memory_slots + places.repeat_interleave(L, 1)[:, :, None]  # (B,M*L,S)
     mask[:, :, start:] = (group == group[:, None]).tril()
     x = lookahead.embeddings.repeat(M, 1).expand(len(text), -1, -1)
     h = model(x, cache, offset[:, None] + here, mask)
@@ -153,8 +153,8 @@ def evaluate(model, lookahead, texts, position=0, ranks=5):
             measured.append(measure(model, lookahead, params, rows, position, generator, ranks))
         by_rank, expected = (torch.cat(parts).mean(0) for parts in zip(*measured))
         by_rank = [[round(share, 4) for share in row] for row in by_rank.tolist()]
-        table[str(temperature)] = {"by_position": [row[0] for row in by_rank],
-                                   "expected": round(expected.item(), 4), "by_rank": by_rank}
+        table[temperature] = {"by_position": [row[0] for row in by_rank],
+                              "expected": round(expected.item(), 4), "by_rank": by_rank}
     return table
 
 
@@ -209,9 +209,9 @@ def train_step(model, parts, optimizer, objective, scale, columns):
     h, target, tokens = states(model, lookahead, *columns)
     loss = backward(model, h, tokens, objective, model, target)
     if dist.is_initialized():
-        for p in parts.values():  # only they travel
-            dist.all_reduce(p.grad)
-            p.grad /= dist.get_world_size()
+        for mean in (loss, *(p.grad for p in parts.values())):  # nothing else is exchanged
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
     for group in optimizer.param_groups:
         group["lr"] = scale * RATES[group["name"]]
     optimizer.step()

@@ -46,7 +46,7 @@ def layout(parent, L, device):
 class Group:
     """What a step leaves to the next: states and logits of L look-ahead columns.
 
-    They are 0 before the first step: its drafts come from a q that knows nothing, as exact as any.
+    They are 0 before the first step. Its drafts come from a q that knows nothing; it stays exact.
     """
 
     def __init__(self, s, L):

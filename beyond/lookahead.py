@@ -41,13 +41,12 @@ class LookaheadPlus(Lookahead):
         self.head_out = head_out
         self.folded = None  # of `ready`: output matrix @ head_out, (V,r)
 
-    def ready(self, model, length=None):
-        """As in Lookahead, the first `length` of L; the head is folded into the vocabulary."""
+    def ready(self, model):
+        """As in Lookahead; and the head is folded into the vocabulary."""
         lookahead = copy.copy(self)
         for name, part in vars(self).items():
             if torch.is_tensor(part):
                 setattr(lookahead, name, part.to(model.embedding))
-        lookahead.embeddings = lookahead.embeddings[:length]
         if self.head_in is not None:
             lookahead.folded = model.logits(lookahead.head_out.mT).mT.contiguous()
         return lookahead

@@ -1,4 +1,4 @@
-"""Texts that the model itself writes. It judges the drafts, so they train better than files do.
+"""Texts that the model itself writes, to train on: when it decodes, such texts are what it reads.
 
     python -m beyond.own_texts --model DIR --data PATH .. --count 6144 --out TEXTS
 

@@ -29,7 +29,8 @@ class Shape:
 
     parent: per draft the node before it. children (1+N,W): per node its drafts in order, 0 is none.
     path (1+N,1+depth): the nodes from x to each one, which then repeats. depths (1+N,).
-    levels: per depth the nodes with children; per rank which of these have such a child, and it.
+    levels: per depth the nodes with children; and per rank, which of these have a child of that
+    rank, and those children.
     """
 
     def __init__(self, text, device):
@@ -130,7 +131,8 @@ def method(s, lookahead, tree="0 1 00"):
     if not isinstance(lookahead, LookaheadPlus):
         lookahead = LookaheadPlus(lookahead.embeddings, lookahead.acceptance)
     N, L = shape.N, shape.depth
-    lookahead = lookahead.ready(s.model, L)
+    lookahead = lookahead.ready(s.model)
+    lookahead.embeddings = lookahead.embeddings[:L]
     offset, visible = layout(shape.parent, L, s.x.device)
     cache = s.new_cache(s.model, len(offset), lookahead.memory)
     group = Group(s, L)
@@ -158,7 +160,8 @@ COLUMNS = (4, 6, 9, 12, 16, 24, 32, 48, 64)  # sizes of the blocks that `choose`
 
 def cover(p, logits, params, generator, ranks):
     """(N,ranks): the probability that one of k drafts for a place is accepted, k = 1 .. ranks, if
-    they are drawn from q without replacement, as `grow` does. It averages over u."""
+    they are drawn from q without replacement, as `grow` does, but from all tokens and not from a
+    shortlist. It averages over u."""
     refused, accepted = torch.ones(len(p), device=p.device), []
     for _ in range(min(ranks, p.shape[1])):
         q = probs(logits, params)
@@ -203,12 +206,12 @@ def table_for(lookahead, temperature):
     known = lookahead.acceptance
     if not known:
         return [[0.2], [0.08]][:len(lookahead.embeddings)]
-    nearest = min(known, key=lambda t: abs(float(t) - temperature))
+    nearest = min(known, key=lambda t: abs(t - temperature))
     return known[nearest]["by_rank"][:len(lookahead.embeddings)]
 
 
 @torch.inference_mode()
-def choose(model, lookahead, temperature, rows=1):
+def choose(model, lookahead, temperature, rows=1, graph=True):
     """The tree with the most expected tokens per second here, or None where plain decoding is
     faster. Times five steps of each, and says on stderr what it found."""
     by_rank = table_for(lookahead, temperature)
@@ -220,7 +223,8 @@ def choose(model, lookahead, temperature, rows=1):
     for name in expected:
         words = {"lookahead": lookahead, "tree": name} if name else {}
         method = "tree" if name else "autoregressive"
-        samplers[name] = Sampler(model, method, Params(temperature), rows, 160, **words)
+        params = Params(temperature)
+        samplers[name] = Sampler(model, method, params, rows, 160, graph, **words)
         samplers[name].generate([[0]] * rows, 8, stop_tokens=())
     for _ in range(5):
         for name, sampler in samplers.items():

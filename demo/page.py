@@ -9,17 +9,19 @@ A table stands between a line that says what it is and one that ends it:
     <!-- grid FILE: COLUMN; COLUMN, COLUMN; COLUMN=VALUE -->
     <!-- bare FILE: COLUMN; COLUMN, COLUMN; COLUMN=VALUE -->
     <!-- projection FILE: LOOKAHEAD -->
+    <!-- training MODEL: TEMPERATURE, TEMPERATURE -->
     <!-- end -->
 
 FILE.json is what a command wrote with --json. `rows` shows columns of the rows that fit; `grid` has
 a row per value of the first columns, a column per value of the others, and says how many times as
 fast; `bare` is a grid without command, machine and intervals; `projection` is computed, from what
-passes cost and what the look-ahead's file says of it. train-*.jsonl is what train_lookahead.py
-measured on its way.
+passes cost and what the look-ahead's file says of it; `training` shows how the trainings for a
+model ended, by train-MODEL-NAME.jsonl, which is what train_lookahead.py measured on its way.
 """
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -30,8 +32,8 @@ DEMO = Path(__file__).resolve().parent
 RESULTS = DEMO / "results"
 PAGES = DEMO / "RESULTS.md", DEMO.parent / "README.md"
 TABLE = re.compile(r"(<!-- (\w+) ([\w.-]+): (.*?) -->\n).*?(<!-- end -->)", re.S)
-RUNGS = {"ce": "embeddings, ce: the paper", "kl": "embeddings, kl", "tv": "embeddings, tv",
-         "memory": "tv + memory", "head": "tv + head", "both": "tv + memory + head"}
+TRAININGS = {"files": "ce, on texts of files", "ce": "ce", "kl": "kl", "tv": "tv",
+             "memory": "tv, + memory", "head": "tv, + head", "both": "tv, + memory, + head"}
 
 
 def split(text):
@@ -80,6 +82,8 @@ def grid(rows, columns, across, show):
 
 def table(shape, name, words):
     """One table, and how it was measured."""
+    if shape == "training":
+        return training(name, split(words))
     result = read_json(RESULTS / f"{name}.json")
     measured = (f"\n    python {result['command']}\n\n{' '.join(result['text'])} Commit "
                 f"{result['commit']}.\n\n")
@@ -127,6 +131,28 @@ def projection(rows, lookahead):
     return markdown(["temperature", "L", "accepted", "pass", "fused"], lines)
 
 
+def trainings(model):
+    """{label: lines} of the trainings of look-aheads for a model."""
+    found = {}
+    for name, label in TRAININGS.items():
+        path = RESULTS / f"train-{model}-{name}.jsonl"
+        if path.exists():
+            found[label] = [json.loads(line) for line in path.read_text().splitlines()]
+    return found
+
+
+def training(model, temperatures):
+    """Accepted drafts at the end; minutes as if all parts had been as fast as the median one."""
+    heads = ["trained", *(f"accepted at {t}" for t in temperatures), "minutes"]
+    rows = []
+    for label, lines in trainings(model).items():
+        expected = [lines[-1]["acceptance"][t]["expected"] for t in temperatures]
+        seconds = [b["seconds"] - a["seconds"] for a, b in zip(lines, lines[1:])]
+        minutes = statistics.median(seconds) * len(seconds) / 60
+        rows.append([label, *map(cell, expected), cell(minutes)])
+    return markdown(heads, rows)
+
+
 def filled(text):
     """The page with its tables made anew."""
     return TABLE.sub(lambda m: m[1] + table(m[2], m[3], m[4]) + m[5], text)
@@ -152,14 +178,10 @@ def save(drawing, axes, name):
 
 
 def draw_training(name):
-    """Expected accepted drafts over steps, a line per rung, a panel per temperature."""
+    """Expected accepted drafts over steps, a line per training, a panel per temperature."""
     drawing, axes = figure(2)
     for axis, temperature in zip(axes, ("0.0", "1.0")):
-        for rung, label in RUNGS.items():
-            path = RESULTS / f"train-{name}-{rung}.jsonl"
-            if not path.exists():
-                continue
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for label, lines in trainings(name).items():
             expected = [line["acceptance"][temperature]["expected"] for line in lines]
             axis.plot([line["step"] for line in lines], expected, label=label)
         axis.set(title=f"temperature {float(temperature):g}", xlabel="steps")
@@ -206,7 +228,8 @@ def main():
             write_file(page, lambda path: path.write_text(after))
     if args.check:
         return
-    draw_training("smollm2")
+    for model in ("smollm2", "demo"):
+        draw_training(model)
     for name, words in PICTURES.items():
         draw(name, *words)
 

@@ -202,7 +202,7 @@ def rows_of(tokens, step, args):
 
 
 def initialise(model, seed):
-    """Random weights; what a layer adds to the stream starts at nothing."""
+    """Random weights; what a layer adds starts at nothing."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.ndim == 1:

@@ -74,8 +74,8 @@ def tokenizer_of(tokens, merges, control):
 
 def convert(gguf_file, out):
     """Write config.json, tokenizer.json, tokenizer_config.json and model.safetensors into `out`."""
-    gguf = extra("gguf", "requirements-smollm2.txt")
-    extra("tokenizers", "requirements-smollm2.txt")  # for `tokenizer_of`
+    gguf = extra("gguf", "pip install -r requirements-smollm2.txt")
+    extra("tokenizers", "pip install -r requirements-smollm2.txt")  # for `tokenizer_of`
     reader = gguf.GGUFReader(gguf_file)
 
     def value(key):

@@ -34,7 +34,7 @@ def interleaved_halves(weight, heads):
 
 
 def write(model, kind, path):
-    gguf = extra("gguf", "requirements-smollm2.txt")
+    gguf = extra("gguf", "pip install -r requirements-smollm2.txt")
     c = model.config
     if c.rope["rope_type"] != "default":
         raise InputError(f"rotary scaling {c.rope['rope_type']} is not supported here")

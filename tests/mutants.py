@@ -175,7 +175,8 @@ MUTANTS = {
         "cache.commit((1 + accepted) * s.alive)", "cache.commit(1 + accepted)"),
     "positions of row 0 for all rows": mutant(
         "rows may differ in length", exact_pass, "model",
-        "positions = slots - cache.memory", "positions = (slots - cache.memory)[:1].expand(B, T)"),
+        "positions = slots - cache.memory_slots",
+        "positions = (slots - cache.memory_slots)[:1].expand(B, T)"),
     "look-ahead one position too far": mutant(
         "LA_j stands where x_{n+j} will", exact_pass, "pass_sampler",
         "return model(x, cache, positions, cache.mask",
@@ -368,7 +369,7 @@ MUTANTS = {
         "self.kv[:, :, rows, :, to] = kept", "pass"),
     "blocks begin in the memory": mutant(
         "slots are [memory | committed | block]", check_model, "model",
-        "slots = self.memory + self.length[:, None] +", "slots = self.length[:, None] +"),
+        "slots = self.memory_slots + self.length[:, None] +", "slots = self.length[:, None] +"),
     "one row written backwards": mutant(
         "a block stands in its order", check_one_row, "model",
         "block = seen[:, :, :, :, S - T:]", "block = seen[:, :, :, :, S - T:].flip(4)"),
@@ -405,8 +406,8 @@ MUTANTS = {
         "mask[:, :, start:] = (group >= 0).expand(M * L, -1).tril()"),
     "a group sees beyond its place in training": mutant(
         "trained columns are the sampler's", check_columns, "train_lookahead",
-        "cache.memory + places.repeat_interleave(L, 1)[:, :, None]",
-        "cache.memory + 1 + places.repeat_interleave(L, 1)[:, :, None]"),
+        "cache.memory_slots + places.repeat_interleave(L, 1)[:, :, None]",
+        "cache.memory_slots + 1 + places.repeat_interleave(L, 1)[:, :, None]"),
     "a weight of the frozen model moves": mutant(
         "the model is frozen", check_frozen, "train_lookahead",
         "    optimizer.step()\n", "    optimizer.step()\n    model.norm.data += 1e-6\n"),

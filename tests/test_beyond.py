@@ -203,7 +203,7 @@ def test_a_draft_model_that_is_the_model_is_always_right():
     llama = tiny(30, dtype=torch.float32, context=256)
     words = {"draft_model": llama, "length": 3}
     result = generate(llama, [[1], [2, 3, 4]], "draft-model", Params(0), 60, **words)
-    assert result["accepted_by_position"] == [1, 1, 1] and result["passes"] == 15
+    assert result["accepted_at_least"] == [1, 1, 1] and result["passes"] == 15
 
 
 def check_groups(code):
@@ -265,6 +265,6 @@ def test_choose(share, chosen, capsys):
     """On a tiny model a tree pays if its drafts are always right, and not if they are never."""
     llama = tiny(30, dtype=torch.float32, context=256)
     lookahead = random_lookahead(llama, 3, ())
-    lookahead.acceptance = {"1.0": {"by_rank": [[share, share]] * 3}}
+    lookahead.acceptance = {1.0: {"by_rank": [[share, share]] * 3}}
     assert bool(choose(llama, lookahead, 0.9)) == chosen
     assert "times as fast as plain decoding" in capsys.readouterr().err

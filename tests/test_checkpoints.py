@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import pass_sampler
 from common import FIXTURE, ROOT, run_main, whole
 from files import InputError, load_tokenizer
-from model import Config, Llama, packs
+from model import Config, Llama, has_fbgemm
 
 tokenizers = pytest.importorskip("tokenizers")
 DEFAULT = {"rope_type": "default"}
@@ -95,7 +95,7 @@ def test_float64_weights(tmp_path):
     assert torch.equal(whole(Llama.load(tmp_path), [1, 2, 3]), expected)
 
 
-@pytest.mark.skipif(not packs("cpu"), reason="no FBGEMM here")
+@pytest.mark.skipif(not has_fbgemm("cpu"), reason="no FBGEMM here")
 @pytest.mark.parametrize("large", [7e4, 1e5, 3e38])
 def test_what_does_not_fit_float16_stays_float32(large, tmp_path):
     raw = json.loads((FIXTURE / "untied" / "config.json").read_text())

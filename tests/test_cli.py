@@ -33,7 +33,7 @@ def test_stream_and_summary(folder, capsys):
     _, as_json, _ = call(capsys, *words, "--json")
     assert out == json.loads(as_json)["text"][0] + "\n" and "\033" not in out
     assert err.startswith("pass on cpu: 30 tokens, ")
-    assert "tokens per pass, accepted by position" in err
+    assert "tokens per pass, at least 1, 2, .. drafts accepted in" in err
     assert err.count("\n") == 1
     _, out, err = call(capsys, *words, "--lookahead", "unk", "--samples", 2)
     assert "\n--- sample 2\n" in out
@@ -158,7 +158,7 @@ def test_lookahead_file_is_used(folder, tmp_path, capsys):
     save_file({"embeddings": torch.randn(3, 16)}, path)
     words = ["--model", folder, "--lookahead", path, "--json", "--max-new-tokens", 9]
     code, out, _ = call(capsys, *words)
-    assert code == 0 and len(json.loads(out)["accepted_by_position"]) == 3
+    assert code == 0 and len(json.loads(out)["accepted_at_least"]) == 3
 
 
 @pytest.mark.parametrize("file, content, says", [

@@ -126,7 +126,7 @@ def test_weights_that_are_not_finite(number, copy, capsys):
 DAMAGED = [
     "{", "[]", "1", '{"acceptance": 3}', '{"acceptance": {"x": {"by_rank": []}}}',
     '{"acceptance": {"0": {}}}', '{"acceptance": {"0": {"by_rank": 7}}}']
-for ranks in ('[["a"]]', '[["0.5"]]', "[[]]", "[[NaN]]", "[[-1]]"):
+for ranks in ('[]', '[["a"]]', '[["0.5"]]', "[[]]", "[[NaN]]", "[[-1]]"):
     row = f'{{"expected": 1, "by_position": [1], "by_rank": {ranks}}}'
     DAMAGED.append(f'{{"acceptance": {{"0": {row}}}}}')
 

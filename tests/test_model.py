@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import naive
 from common import FIXTURE, REAL, tiny, whole
 from files import InputError, load_tokenizer
-from model import DTYPES, Cache, Config, Llama, packs
+from model import DTYPES, Cache, Config, Llama, has_fbgemm
 from pass_sampler import Lookahead, generate
 
 
@@ -25,7 +25,7 @@ def test_equals_transformers(name):
     assert model.config.stop_tokens == (2, 3)
 
 
-@pytest.mark.skipif(not packs("cpu"), reason="no FBGEMM here")
+@pytest.mark.skipif(not has_fbgemm("cpu"), reason="no FBGEMM here")
 def test_float16_weights_compute_in_float32():
     """On an x86 CPU float16 is model.pack: only the weights are rounded, so float32 with rounded
     weights gives the same."""
@@ -57,7 +57,7 @@ def test_a_half_precision_checkpoint_runs_as_fast_as_the_machine_can(tmp_path):
     where the weights are to be read."""
     half = shutil.copytree(FIXTURE / "plain", tmp_path / "half")
     config_with(FIXTURE / "plain", half, dtype="bfloat16")
-    fast = "float16" if packs("cpu") else "bfloat16"
+    fast = "float16" if has_fbgemm("cpu") else "bfloat16"
     assert Llama.load(half).precision.split()[0] == fast
     assert Llama.load(half, packed=False).precision == "bfloat16"
     assert Llama.load(half, torch.bfloat16).precision == "bfloat16"

@@ -105,7 +105,7 @@ def test_rows_that_accept_everything_beside_rows_that_accept_nothing():
     sampler = Sampler(llama, "pass", Params(0), 1, 100, lookahead=oracle)
     alone = sampler.generate([[1]], 60)
     assert alone["tokens"][0] == texts[0][:60] and alone["passes"] == 20
-    assert alone["accepted_by_position"] == [1, 1, 1, 1]
+    assert alone["accepted_at_least"] == [1, 1, 1, 1]
     assert alone["tokens_per_pass"] == 3
 
 
@@ -139,7 +139,7 @@ def test_streamed_tokens_are_the_result():
     note = lambda row, token, from_draft: seen[row].append((token, from_draft))
     result = run(REAL, llama, "pass", [[1], [2, 3, 4]], 20, Params(1), on_token=note)
     assert seen == [list(zip(*row)) for row in zip(result["tokens"], result["from_draft"])]
-    share = result["accepted_by_position"]
+    share = result["accepted_at_least"]
     assert len(share) == 3 and sorted(share, reverse=True) == share
     assert any(map(any, result["from_draft"]))
 

@@ -164,7 +164,7 @@ def check_frozen(code):
     train_module, g = code.train_lookahead, torch.Generator().manual_seed(0)
     model, pool = code.tiny(30, context=200), torch.randint(30, (900,), generator=g)
     before = copy.deepcopy(model.state_dict())
-    table = {"1.0": {"by_position": [], "expected": 0}}
+    table = {1.0: {"by_position": [], "expected": 0}}
     train_module.own_texts = lambda *_, **__: None
     train_module.evaluate = lambda *_, **__: table
     args = dict(length=2, memory=2, head=3, batch=8, objective="tv", seed=0, steps=2, resume=False,
@@ -354,6 +354,6 @@ def test_bad_input(change, says, folder, data, tmp_path, capsys):
 
 def test_lookahead_of_another_model_is_refused(folder, data, tmp_path, capsys):
     train(capsys, folder, data, tmp_path / "a.safetensors", "--steps", 1)
-    other, tokenizer = tiny(321, dtype=torch.float32), load_tokenizer(folder, 320)
+    other = tiny(321, dtype=torch.float32)
     with pytest.raises(InputError, match="another model"):
-        pass_sampler.load_lookahead(tmp_path / "a.safetensors", other, tokenizer)
+        pass_sampler.load_lookahead(tmp_path / "a.safetensors", other)
