@@ -29,22 +29,6 @@ def source(module):
     return ROOT / (module.replace(".", "/") + ".py")
 
 
-def plant(module, patches):
-    """A copy of a module in sys.modules, in which each patch (old, new) has replaced a piece of the
-    source that must be there exactly once."""
-    text = source(module).read_text()
-    for old, new in patches:
-        if text.count(old) != 1:
-            raise ValueError(f"the planted bug does not fit {source(module).name}: {old!r} stands "
-                             f"there {text.count(old)} times, not once: adapt tests/mutants.py")
-        text = text.replace(old, new)
-    copy = types.ModuleType(module)
-    copy.__file__ = str(source(module))
-    sys.modules[module] = copy
-    exec(compile(text, f"{module} with a planted bug", "exec"), copy.__dict__)
-    return copy
-
-
 def bundle(modules):
     """The modules by their last names, and `tiny` and `random_lookahead` made of them."""
     code = types.SimpleNamespace(**{name.split(".")[-1]: m for name, m in modules.items()})
@@ -54,14 +38,22 @@ def bundle(modules):
 
 
 @contextlib.contextmanager
-def planted(**patches):
-    """The code with bugs, {module: [(old, new), ..]}, for as long as the context lasts."""
-    real = {name: sys.modules[name] for name in MODULES}
-    copies = {}
+def planted(*patches):
+    """The code with bugs, for as long as the context lasts: each patch (old, new) replaces a piece
+    of the source that must be there exactly once."""
+    texts = {name: source(name).read_text() for name in MODULES}
+    for old, new in patches:
+        homes = [name for name, text in texts.items() for _ in range(text.count(old))]
+        if len(homes) != 1:
+            raise ValueError(f"the planted bug does not fit: {old!r} stands {len(homes)} times in "
+                             f"the source, not once: adapt tests/mutants.py")
+        texts[homes[0]] = texts[homes[0]].replace(old, new)
+    real, copies = {name: sys.modules[name] for name in MODULES}, {}
     try:
-        for name in MODULES:
-            copies[name] = plant(name, patches.pop(name.split(".")[-1], ()))
-        assert not patches, f"no such module: {list(patches)}"
+        for name, text in texts.items():
+            copies[name] = sys.modules[name] = types.ModuleType(name)
+            copies[name].__file__ = str(source(name))
+            exec(compile(text, f"{name}, planted", "exec"), copies[name].__dict__)
         yield bundle(copies)
     finally:
         sys.modules.update(real)

@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-from beyond.tree import Shape, best_tree, choose
+from beyond.tree import best_tree, choose
 from common import ALPHA, REAL, check_power, p_value, random_lookahead, tiny
 from exact import check_exact
 from files import InputError
-from pass_sampler import Params, Sampler, generate, probs, verify
-from test_equivalence import SETTINGS, check_joint, ends, options
+from pass_sampler import Params, generate, probs
+from test_equivalence import SETTINGS, check_joint, ends
 
 BOTH = ("memory", "head")
 BEYOND = ["fused", "tree", "draft-model"]
@@ -19,41 +19,19 @@ SOME = [(0.0,), (1.0,), (1.0, 2), (0.7, 2, 0.8)]
 
 # ------------------------------------ steps, by enumeration
 
-@pytest.mark.parametrize("settings", SOME, ids=str)
-@pytest.mark.parametrize("parts", [("memory",), ("head",), BOTH], ids=str)
-def test_pass_with_memory_and_head(settings, parts):
-    check_exact(REAL, "pass", settings, parts)
-
-
-@pytest.mark.parametrize("settings", SOME, ids=str)
-def test_fused_step(settings):
-    check_exact(REAL, "fused", settings, BOTH)
-
-
-@pytest.mark.parametrize("parts, settings, L, steps", [
-    ((), (1.0,), 1, 2), (BOTH, (1.0,), 1, 2), (BOTH, (1.0, 2), 2, 2), (BOTH, (2.0, 2), 1, 3)],
-    ids=str)
-def test_steps_of_fused(parts, settings, L, steps):
-    """From the second step on the drafts come from the group of the last accepted draft."""
-    check_exact(REAL, "fused", settings, parts, L, steps)
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("tree", ["0 00", "0 1", "0 1 00"])
-def test_tree_step(settings, tree):
-    check_exact(REAL, "tree", settings, BOTH, tree)
-
-
-@pytest.mark.parametrize("tree, settings", [("0 1", (1.0, 2)), ("0 1 00 10", (2.0, 2))], ids=str)
-def test_two_steps_of_a_tree(tree, settings):
-    check_exact(REAL, "tree", settings, BOTH, tree, steps=2 if tree == "0 1" else 1)
-    check_exact(REAL, "tree", (0.0,), BOTH, tree, steps=3)
-
-
-@pytest.mark.parametrize(
-    "settings, L, steps", [((1.0,), 2, 1), ((1.0, 2), 2, 2), ((1.5,), 1, 2)], ids=str)
-def test_steps_with_a_draft_model(settings, L, steps):
-    check_exact(REAL, "draft-model", settings, (), L, steps)
+@pytest.mark.parametrize("method, parts, shape, settings, steps", [
+    *[("pass", parts, 2, some, 1) for parts in (("memory",), ("head",), BOTH) for some in SOME],
+    *[("fused", BOTH, 2, some, 1) for some in SOME],
+    # From the second step on its drafts come from the group of the last accepted draft.
+    ("fused", (), 1, (1.0,), 2), ("fused", BOTH, 1, (1.0,), 2), ("fused", BOTH, 2, (1.0, 2), 2),
+    ("fused", BOTH, 1, (2.0, 2), 3),
+    *[("tree", BOTH, tree, some, 1) for tree in ("0 00", "0 1", "0 1 00") for some in SETTINGS],
+    ("tree", BOTH, "0 1", (1.0, 2), 2), ("tree", BOTH, "0 1", (0.0,), 3),
+    ("tree", BOTH, "0 1 00 10", (2.0, 2), 1), ("tree", BOTH, "0 1 00 10", (0.0,), 3),
+    ("draft-model", (), 2, (1.0,), 1), ("draft-model", (), 2, (1.0, 2), 2),
+    ("draft-model", (), 1, (1.5,), 2)], ids=str)
+def test_steps(method, parts, shape, settings, steps):
+    check_exact(REAL, method, settings, parts, shape, steps)
 
 
 # --------------------------------------- the rule for trees
@@ -89,7 +67,7 @@ def first_token(code, p, q, candidates, twelfths, sixtieths):
     return total
 
 
-def check_rule_for_trees(code):
+def test_rule_for_trees(code=REAL):
     for candidates, step in ((1, 1), (2, 1), (3, 5)):
         some, grid_pairs = THIRDS[::step], zip(ends(12), ends(60))
         for p, q, grids in itertools.product(some, some, grid_pairs):
@@ -97,23 +75,6 @@ def check_rule_for_trees(code):
             assert torch.allclose(got, p, atol=1e-12), (
                 f"{candidates} candidates from q = {q.tolist()}: the output is distributed as "
                 f"{got.tolist()}, but p = {p.tolist()}: the rule for trees is broken")
-
-
-def test_rule_for_trees_is_exact():
-    """All p and q in thirds over three tokens: ties, zeros, supports that do not overlap."""
-    check_rule_for_trees(REAL)
-
-
-def test_a_chain_is_judged_as_in_the_paper():
-    """On a chain verify_tree returns just what verify returns."""
-    g = torch.Generator().manual_seed(0)
-    p, q = (torch.rand(2000, n, 5, dtype=torch.float64, generator=g).softmax(-1) for n in (4, 3))
-    drafts, u = torch.randint(5, (2000, 3), generator=g), torch.rand(2000, 4, generator=g).double()
-    accepted, last = verify(p, q, drafts, u)
-    shift = lambda x: torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (1, 0))
-    shape = Shape("0 00 000", "cpu")
-    node, token = REAL.tree.verify_tree(shape, p, shift(q), shift(drafts), u.roll(1, 1))
-    assert (node == accepted).all() and (token == last).all() and len(set(node.tolist())) == 4
 
 
 # ----------------------------------------------- candidates
@@ -145,7 +106,7 @@ def exact_siblings():
 
 def siblings_p_value(code, seed=0):
     """Null hypothesis: 20,000 triples of siblings are draws without replacement from q. Their q is
-    as stated. test_siblings has the power."""
+    as stated. test_power_for_siblings has the power."""
     drawn, q = siblings(code, 3, code.pass_sampler.Params(0.7), 20_000, seed)
     expected = probs(LOGITS, Params(0.7)).expand(20_000, 5)
     for k in range(3):
@@ -155,19 +116,13 @@ def siblings_p_value(code, seed=0):
     return p_value(drawn.tolist(), exact_siblings())
 
 
-def check_siblings(code):
+def test_siblings(code=REAL):
+    """They are drawn from the q that they come with."""
     assert siblings_p_value(code) > ALPHA, "siblings are not drawn from q without replacement"
 
 
-def test_siblings_are_drawn_from_the_q_that_they_come_with():
-    check_siblings(REAL)
+def test_power_for_siblings():
     check_power(exact_siblings(), 20_000, 0.04)
-
-
-def test_greedy_siblings_are_the_best_in_order():
-    drawn, q = siblings(REAL, 2, Params(0), 1)
-    assert drawn.tolist() == [[0, 1]]
-    torch.testing.assert_close(q[0], torch.eye(5, dtype=torch.float64)[:2])
 
 
 # ---------------------------------------------- whole texts
@@ -184,29 +139,16 @@ def test_a_shortlist_that_cuts_follows_the_model(monkeypatch):
     check_joint(REAL, "tree", Params(1), parts=BOTH, batches=10, tree="0 1 2")
 
 
-@pytest.mark.parametrize("method", BEYOND)
-def test_greedy_texts_are_those_of_plain_decoding(method):
-    llama, generator = tiny(30, dtype=torch.float32, context=256, stop=(7,)), torch.Generator()
-    generator.manual_seed(0)
-    prompts = [torch.randint(30, (1 + i,), generator=generator).tolist() for i in range(12)]
-    expected = generate(llama, prompts, "autoregressive", max_new_tokens=40)["tokens"]
-    for parts in ((), BOTH):
-        words = options(method, llama, 3, parts)
-        assert generate(llama, prompts, method, max_new_tokens=40, **words)["tokens"] == expected
-        sampler = Sampler(llama, method, Params(0), 1, 100, **words)
-        for prompt, text in zip(prompts[::4], expected[::4]):
-            assert sampler.generate([prompt], 40)["tokens"] == [text]
-
-
 def test_a_draft_model_that_is_the_model_is_always_right():
     """Then q is p at every position, whatever was rejected before: both caches hold one text."""
     llama = tiny(30, dtype=torch.float32, context=256)
     words = {"draft_model": llama, "length": 3}
     result = generate(llama, [[1], [2, 3, 4]], "draft-model", Params(0), 60, **words)
     assert result["accepted_at_least"] == [1, 1, 1] and result["passes"] == 15
+    assert result["tokens_per_pass"] == 4
 
 
-def check_groups(code):
+def test_groups(code=REAL):
     """A group's states are those of a plain drafting pass after the text and the path to its
     node."""
     llama = code.tiny(30)
@@ -228,10 +170,6 @@ def check_groups(code):
         group = torch.cat([h[:, node:node + 1], h[:, 4 + 2 * node:6 + 2 * node]], 1)
         assert torch.allclose(group, expected), (
             f"node {node} or its look-ahead sees something else than the path to it and the memory")
-
-
-def test_groups_see_their_node_and_its_path_only():
-    check_groups(REAL)
 
 
 # -------------------------------------------------- options

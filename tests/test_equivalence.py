@@ -18,7 +18,7 @@ import torch
 import naive
 from common import ALPHA, REAL, check_power, p_value, random_lookahead, tiny
 from exact import algorithm, check_exact
-from pass_sampler import METHODS, Lookahead, Params, Sampler, draw, generate, probs
+from pass_sampler import METHODS, Params, Sampler, generate
 
 # ------------------------------------ 1. the rejection rule
 
@@ -60,7 +60,7 @@ def output_distribution(verify, p, q, grid):
     return total
 
 
-def check_rule(code, cases=ONE + TWO):
+def test_rule(code=REAL, cases=ONE + TWO):
     """Whatever is kept, each token must have the probability p given those before it."""
     worst = (1e-12, "")
     for (p, q), grid in itertools.product(cases, ends(12)):
@@ -85,13 +85,11 @@ def check_rule(code, cases=ONE + TWO):
         raise AssertionError(f"{worst[1]}: the rejection rule of Leviathan et al. is broken")
 
 
-def test_rule_is_exact():
-    """All p and q in quarters over three tokens, zeros and one-hots among them: L = 1, 2 and 0."""
-    check_rule(REAL)
-    check_rule(REAL, NONE)
+def test_rule_without_drafts():
+    test_rule(cases=NONE)
 
 
-def check_zeros(code):
+def test_zeros(code=REAL):
     """At either end of the uniforms: no draft of p = 0 is kept, nothing of probability 0 is
     drawn."""
     p = torch.tensor([[[0, 0.5, 0, 0.5, 0], [0, 0, 1, 0, 0]]], dtype=torch.float64)
@@ -106,24 +104,12 @@ def check_zeros(code):
         assert allowed[last] > 0, f"u = {u}: token {last.item()} came out, of residual 0"
 
 
-def test_zeros():
-    check_zeros(REAL)
-
-
-def test_draw_is_exact_and_never_takes_a_zero():
-    for weights in ([0, 1, 2, 0, 1], [0, 0, 4, 0, 0], [1, 1, 1, 1, 0]):
-        p = torch.tensor(weights, dtype=torch.float64)
-        for grid in ends(12):
-            assert torch.equal(draw(p.expand(12, 5), grid).bincount(minlength=5) / 12, p / 4)
-        extremes = torch.tensor([0, 1 - 2**-53], dtype=torch.float64)
-        assert (p[draw(p.expand(2, 5), extremes)] > 0).all()
-
-
 PARAMS = [Params(0), Params(1), Params(0.5), Params(2, top_k=3), Params(1, top_p=0.7),
-          Params(0.7, 4, 0.8), Params(1, 100, 1.0), Params(1, 1), Params(1e-9), Params(1e9)]
+          Params(0.7, 4, 0.8), Params(1, 100, 1.0), Params(1, 1), Params(1e-9), Params(1e9),
+          Params(1, top_p=1e-9)]
 
 
-def check_probs(code):
+def test_probs(code=REAL):
     """`probs` is the definition in tests/naive.py."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 8, generator=generator, dtype=torch.float64) * 2
@@ -141,55 +127,24 @@ def check_probs(code):
         assert torch.equal(low, code.pass_sampler.probs(logits.bfloat16().float(), params))
 
 
-def test_probs_equals_the_definition():
-    check_probs(REAL)
-
-
-def test_top_p_follows_temperature_and_keeps_the_token_that_crosses():
-    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
-    kept = lambda *settings: probs(logits, Params(*settings)).count_nonzero()
-    assert kept(1, 0, 0.6) == 2 and kept(0.1, 0, 0.6) == 1 and kept(1, 0, 0.5) == 1
-    assert kept(1, 3) == 4  # the third and the fourth tie
-
-
 # --------------------------------- 2. steps, by enumeration
 
 SETTINGS = [(0.0,), (1.0,), (0.5,), (1.0, 2), (1.0, 0, 0.7), (0.7, 2, 0.8), (1.5, 2)]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_autoregressive_step(settings):
-    check_exact(REAL, "autoregressive", settings, steps=3)
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("L", [1, 2])
-def test_pass_step(settings, L):
-    check_exact(REAL, "pass", settings, shape=L)
-
-
-@pytest.mark.parametrize("L, settings", [(1, (1.0,)), (2, (1.0, 2))], ids=str)
-def test_two_steps_of_pass(L, settings):
-    """The second finds what the first left: cache, x, and nothing of what was rejected."""
-    check_exact(REAL, "pass", settings, shape=L, steps=2)
+@pytest.mark.parametrize("method, L, settings, steps", [
+    *[("autoregressive", 0, some, 3) for some in SETTINGS],
+    *[("pass", L, some, 1) for L in (1, 2) for some in SETTINGS],
+    # The second step finds what the first left: cache, x, and nothing of what was rejected.
+    ("pass", 1, (1.0,), 2), ("pass", 2, (1.0, 2), 2)], ids=str)
+def test_steps(method, L, settings, steps):
+    check_exact(REAL, method, settings, shape=L, steps=steps)
 
 
 def test_every_method_has_an_algorithm():
     """So that none goes without a proof: `check_exact` compares with tests/naive.py."""
     for method in METHODS:
         assert algorithm(method, ("memory", "head"), "0" if method == "tree" else 1)
-
-
-def test_random_lookaheads_are_of_use():
-    """The checks above would be idle if drafts were never, or always, accepted."""
-    model = tiny(3, seed=3)
-    judge = naive.Model(model, random_lookahead(model, 2))
-    shares = []
-    for x in range(3):
-        p = naive.probs(judge.next_logits([2, 0, 1, x]))
-        q = naive.probs(judge.draft_logits([2, 0, 1], [x]))
-        shares.append(sum(map(min, p, q)))
-    assert sum(0.1 < share < 0.9 for share in shares) >= 2, shares
 
 
 # ----------------- 3. whole texts, with real random numbers
@@ -283,19 +238,16 @@ def test_power(n, length, params, shift):
     check_power(exact_texts(tuple(PROMPTS[1]), params, length), n, shift)
 
 
-@pytest.mark.parametrize("L", [1, 4, 7])
-def test_greedy_pass_equals_greedy_autoregressive(L):
-    """float32, token by token: 30 prompts of 1 to 30 tokens, as one ragged batch, and one by
-    one."""
+@pytest.mark.parametrize("method", [*METHODS][1:])
+def test_greedy_texts_are_those_of_plain_decoding(method):
+    """float32: 30 prompts of 1 to 30 tokens, as one ragged batch, and one by one."""
     llama, generator = tiny(30, dtype=torch.float32, context=256, stop=(7,)), torch.Generator()
-    generator.manual_seed(L)
+    generator.manual_seed(0)
     prompts = [torch.randint(30, (1 + i,), generator=generator).tolist() for i in range(30)]
-    plain = Sampler(llama, "autoregressive", Params(0), 1, 100)
-    expected = [plain.generate([p], 40)["tokens"][0] for p in prompts]
+    expected = generate(llama, prompts, "autoregressive", max_new_tokens=40)["tokens"]
     assert len({len(text) for text in expected}) > 3  # some stop early
-    assert generate(llama, prompts, "autoregressive", max_new_tokens=40)["tokens"] == expected
-    for lookahead in (random_lookahead(llama, L), Lookahead(llama.embedding[:L])):
-        batch = generate(llama, prompts, "pass", max_new_tokens=40, lookahead=lookahead)["tokens"]
-        assert batch == expected
-        sampler = Sampler(llama, "pass", Params(0), 1, 100, lookahead=lookahead)
+    for parts in ((), ("memory", "head")):
+        words = options(method, llama, parts=parts)
+        assert generate(llama, prompts, method, max_new_tokens=40, **words)["tokens"] == expected
+        sampler = Sampler(llama, method, Params(0), 1, 100, **words)
         assert [sampler.generate([p], 40)["tokens"][0] for p in prompts[::3]] == expected[::3]

@@ -6,12 +6,12 @@ import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 import naive
-from common import REAL, random_lookahead, tiny
+from common import REAL, tiny
 from files import InputError
-from pass_sampler import METHODS, Lookahead, Params, Sampler, generate
+from pass_sampler import METHODS, Params, Sampler, generate
 from test_equivalence import options
 
 
@@ -23,7 +23,7 @@ def run(code, llama, method, prompts, n, params=None, L=3, **more):
 
 # ------------------------------------------ where texts end
 
-def check_stops(code):
+def test_stops(code=REAL):
     """Greedy texts end at the stop token, wherever in a run it comes, else at the budget, else at
     the end of the context."""
     prompt, text = [1, 2, 0], []
@@ -57,11 +57,7 @@ def check_stops(code):
         assert ends(6, context=len(prompt) + 6) == (text[:6], "length"), f"{method}: it fits"
 
 
-def test_stops():
-    check_stops(REAL)
-
-
-def check_ended_rows(code):
+def test_ended_rows(code=REAL):
     """A row that has ended commits nothing, whatever the others do."""
     llama = code.tiny(30, context=400)
     for method in METHODS:
@@ -75,38 +71,6 @@ def check_ended_rows(code):
         for (_, cache), length in zip(s.caches, before):
             assert cache.length[0] == length[0], f"{method}: a row that has ended commits tokens"
             assert cache.length[1] > length[1], f"{method}: a row that goes on commits nothing"
-
-
-def test_rows_that_have_ended_commit_nothing():
-    check_ended_rows(REAL)
-
-
-def test_rows_that_accept_everything_beside_rows_that_accept_nothing():
-    """Two passes give L+2 tokens where every draft is right, 2 where none is. Row 0 ends long
-    before row 1, in the middle of an accepted run, and must not disturb it."""
-    llama = tiny(30, dtype=torch.float32, context=256)
-    texts = generate(llama, [[1], [2]], "autoregressive", max_new_tokens=90)["tokens"]
-    futures = torch.tensor([[1, *texts[0]], [2, *texts[1]]])
-
-    class Oracle(Lookahead):
-        def ready(self, model):
-            return self
-
-        def draft(self, model, params, h, logits, x, u):
-            cache = sampler.caches[0][1]
-            place = cache.length[:, None] + 1 + torch.arange(h.shape[1])
-            drafts = futures[:len(x)].gather(1, place.clamp(max=90))
-            drafts[1:] = (drafts[1:] + 1) % 30
-            return drafts, torch.nn.functional.one_hot(drafts, 30).float()
-
-    oracle = Oracle(llama.embedding[:4])
-    sampler = Sampler(llama, "pass", Params(0), 2, 100, lookahead=oracle)
-    assert sampler.generate([[1], [2]], 58)["tokens"] == [text[:58] for text in texts]
-    sampler = Sampler(llama, "pass", Params(0), 1, 100, lookahead=oracle)
-    alone = sampler.generate([[1]], 60)
-    assert alone["tokens"][0] == texts[0][:60] and alone["passes"] == 20
-    assert alone["accepted_at_least"] == [1, 1, 1, 1]
-    assert alone["tokens_per_pass"] == 3
 
 
 # ----------------------------- seeds, many prompts, figures
@@ -141,10 +105,11 @@ def test_streamed_tokens_are_the_result():
     assert seen == [list(zip(*row)) for row in zip(result["tokens"], result["from_draft"])]
     share = result["accepted_at_least"]
     assert len(share) == 3 and sorted(share, reverse=True) == share
-    assert any(map(any, result["from_draft"]))
+    own = [row.count(False) for row in result["from_draft"]]  # one per pass, but where a text ends
+    assert result["passes"] - max(own) in (0, 1) and min(own) < 20
 
 
-def check_memory(code):
+def test_memory(code=REAL):
     """Not a bit of plain decoding depends on what a look-ahead adds; nor do ordinary columns
     beside a memory in the cache."""
     llama = code.tiny(50)
@@ -162,40 +127,36 @@ def check_memory(code):
     assert off[0] < 1e-12 and off[1] > 1e-2, "the memory is not seen by those that ask for it"
 
 
-def test_memory_is_seen_by_its_readers_only():
-    check_memory(REAL)
-
-
 # ------------------------------------ what a GPU can record
 
-WAITING = {torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default,
-           torch.ops.aten._local_scalar_dense.default}
-WAITS = ["item", "tolist", "__int__", "__bool__", "__float__", "nonzero", "cpu", "numpy"]
+WAITS = {"item", "tolist", "__int__", "__bool__", "__float__", "__index__", "nonzero",
+         "masked_select", "cpu", "numpy"}
 
 
 class Waits(Exception):
     """A step asked for a value that the device has not computed yet."""
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchFunctionMode):
     """Raises Waits where an operation waits for the device, and notes the shapes of all results."""
 
     def __init__(self):
         super().__init__()
         self.shapes = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        indices = args[1] if "index" in str(function) and len(args) > 1 else ()
-        masks = [i for i in indices if torch.is_tensor(i) and i.dtype == torch.bool] if isinstance(
-            indices, (list, tuple)) else []
-        if function in WAITING or masks:
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name, index = function.__name__, args[1:2]
+        if name in ("__getitem__", "__setitem__") and isinstance(index[0], tuple):
+            index = index[0]
+        masks = [i for i in index if torch.is_tensor(i) and i.dtype == torch.bool]
+        if name in WAITS or name.endswith("item__") and masks:
             raise Waits
         result = function(*args, **kwargs or {})
-        self.shapes.append((str(function), getattr(result, "shape", None)))
+        self.shapes.append((name, getattr(result, "shape", None)))
         return result
 
 
-def check_recordable(code):
+def test_recordable(code=REAL):
     """A step never waits for the device, and leaves what outlives it where it was. (On a GPU the
     cache reads all its slots, so that shapes are fixed; here it is told to.)"""
     for method in METHODS:
@@ -213,26 +174,16 @@ def check_recordable(code):
                 buffers += [cache.kv, cache.length]
             return [(id(buffer), buffer.data_ptr()) for buffer in buffers]
 
-        before, real = kept(), {name: getattr(torch.Tensor, name) for name in WAITS}
-
-        def wait(*_):
-            raise Waits
-
-        advance, shapes = s.advance, []
+        before, advance, shapes = kept(), s.advance, []
 
         def watched():
-            for name in WAITS:
-                setattr(torch.Tensor, name, wait)
             try:
                 with Watch() as watch:
                     result = advance()
-                shapes.append(watch.shapes)
-                return result
             except Waits:
                 raise AssertionError(f"{method}: a step waits for the device") from None
-            finally:
-                for name, function in real.items():
-                    setattr(torch.Tensor, name, function)
+            shapes.append(watch.shapes)
+            return result
 
         s.advance = watched
         got = s.generate([[1, 2], [3]], 12)["tokens"]
@@ -240,10 +191,6 @@ def check_recordable(code):
         assert all(step == shapes[0] for step in shapes), f"{method}: the shapes of a step change"
         assert kept() == before and all(buffer.any() for buffer in s.buffers), (
             f"{method}: a step rebinds a buffer, which a graph would not see")
-
-
-def test_steps_can_be_recorded():
-    check_recordable(REAL)
 
 
 # ------------------------------------------ what is refused
@@ -296,54 +243,39 @@ def test_logits_that_are_not_finite_are_reported(method, temperature):
             run(REAL, llama, method, [[1, 2]], 9, Params(temperature))
 
 
-def test_a_lookahead_that_overflows():
-    """A head makes a q that is not finite: the drafts are rejected, and the text is the model's."""
+@pytest.mark.parametrize("method", [*METHODS][1:])
+def test_drafts_of_numbers_that_are_not_finite(method):
+    """They are rejected, and the text is the model's."""
     llama = tiny(30, dtype=torch.float32)
     plain = generate(llama, [[1, 2]], "autoregressive", max_new_tokens=9)["tokens"]
-    for method in ("pass", "fused", "tree"):
-        lookahead = random_lookahead(llama, 2, ("head",))
-        lookahead.head_out.fill_(3e38)
-        greedy = generate(llama, [[1, 2]], method, max_new_tokens=9, lookahead=lookahead)
-        assert greedy["tokens"] == plain
-        sampled = generate(llama, [[1, 2]], method, Params(1), 9, lookahead=lookahead)
-        assert len(sampled["tokens"][0]) == 9
-        lookahead.embeddings.fill_(3e38)
-        greedy = generate(llama, [[1, 2]], method, max_new_tokens=9, lookahead=lookahead)
-        assert greedy["tokens"] == plain
+    words = options(method, llama, parts=("head",))
+    if method == "draft-model":
+        words["draft_model"].norm.fill_(3e38)
+    else:
+        words["lookahead"].head_out.fill_(3e38)
+    assert generate(llama, [[1, 2]], method, max_new_tokens=9, **words)["tokens"] == plain
+    sampled = generate(llama, [[1, 2]], method, Params(1), 9, **words)
+    assert len(sampled["tokens"][0]) == 9
 
 
-def test_nothing_changes_its_arguments():
-    """A look-ahead that has been used is as it was; a model that nobody holds is freed."""
-    import gc
-    import weakref
-    llama = tiny(30, dtype=torch.float32)
-    lookahead = random_lookahead(llama, 2)
-    before = {name: part for name, part in vars(lookahead).items()}
-    for method in ("pass", "fused", "tree"):
-        generate(llama, [[1, 2]], method, max_new_tokens=9, lookahead=lookahead)
-    assert all(vars(lookahead)[name] is part for name, part in before.items())
-    gone = weakref.ref(llama)
-    del llama
-    gc.collect()
-    assert gone() is None
-
-
-def check_freed(code, methods=METHODS):
+def test_freed(code=REAL):
     """A sampler is freed when nobody holds it, by counting references: the garbage collector comes
-    late, and caches are large."""
-    module, model = code.pass_sampler, code.tiny(6)
+    late, and caches are large. So is the model, and what was given is as it was."""
+    module = code.pass_sampler
     gc.disable()
     try:
-        for method in methods:
-            s = module.Sampler(model, method, module.Params(1), 1, 20, **options(method, model))
+        for method in METHODS:
+            model = code.tiny(6)
+            words = options(method, model, parts=("memory", "head"))
+            before = dict(vars(words["lookahead"])) if "lookahead" in words else {}
+            s = module.Sampler(model, method, module.Params(1), 1, 20, **words)
             s.generate([[1, 2]], 4)
-            freed = weakref.ref(s)
-            del s
+            for name, part in before.items():
+                assert vars(words["lookahead"])[name] is part, f"{method} changes its look-ahead"
+            freed, gone = weakref.ref(s), weakref.ref(model)
+            del s, model
             assert freed() is None, f"a sampler of {method} is kept by itself"
+            gc.collect()
+            assert gone() is None, f"{method} keeps the model"
     finally:
         gc.enable()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_samplers_are_freed(method):
-    check_freed(REAL, [method])

@@ -1,18 +1,14 @@
 """Training: the losses are the stated ones, the columns those that the sampler will run, what is
 measured is what it will accept; the model stays frozen; an interrupted or shared run ends where an
 undisturbed one does."""
-import contextlib
 import copy
-import hashlib
-import io
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,11 +18,11 @@ from safetensors.torch import load_file
 
 import beyond.own_texts
 import files
-import pass_sampler
+import naive
 import train_lookahead
 from common import REAL, ROOT, random_lookahead, run_main, tiny
-from files import InputError, load_tokenizer
-from model import Cache, Llama, attention
+from files import load_tokenizer
+from model import Cache, Config, Llama
 from pass_sampler import Lookahead
 
 SMALL = ["--length", 2, "--memory", 3, "--head", 4]
@@ -35,15 +31,15 @@ SMALL = ["--length", 2, "--memory", 3, "--head", 4]
 @pytest.fixture(autouse=True)
 def short_evaluation(request, monkeypatch):
     """Texts to measure on are written at one temperature, but where the file is looked at."""
-    if "and_nothing_else" not in request.node.name:
+    if "trains_the_lookahead" not in request.node.name:
         monkeypatch.setattr(train_lookahead, "TEMPERATURES", (1.0,))
 
 
 # -------------------------------------------------- the method
 
-def check_gradients(code, objectives=("ce", "kl", "tv")):
+def test_gradients(code=REAL):
     """Against autograd through the definitions, in pieces of 3 of 8 columns."""
-    for objective in objectives:
+    for objective in ("ce", "kl", "tv"):
         model, g = tiny(11), torch.Generator().manual_seed(0)
         h, target = torch.randn(2, 8, 16, dtype=torch.float64, generator=g)
         h.requires_grad_()
@@ -61,53 +57,33 @@ def check_gradients(code, objectives=("ce", "kl", "tv")):
         torch.testing.assert_close(h.grad, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["ce", "kl", "tv"])
-def test_gradient_is_that_of_the_objective(objective):
-    check_gradients(REAL, [objective])
-
-
-def check_columns(code):
-    """A group trained after n tokens of a text gives the q that the sampler drafts from after those
-    n tokens, and the p that judges them."""
-    train_module, g = code.train_lookahead, torch.Generator().manual_seed(0)
-    model = code.tiny(30)
-    raw = code.random_lookahead(model, 3)
-    lookahead = raw.ready(model)
-    text, places = torch.randint(30, (2, 12), generator=g), torch.tensor([[1, 4, 8], [3, 4, 2]])
+def test_columns(code=REAL):
+    """A group trained after n tokens of a text gives the q that is drafted from after those n
+    tokens, and the p that judges it: both as in tests/naive.py."""
+    model, g = code.tiny(5), torch.Generator().manual_seed(0)
+    lookahead = code.random_lookahead(model, 3)
+    judge = naive.Model(model, lookahead)
+    lookahead.embeddings.requires_grad_()  # gradients flow, as in training
+    text, places = torch.randint(5, (2, 9), generator=g), torch.tensor([[1, 4], [3, 2]])
     offset = torch.tensor([0, 0])
-    trained = copy.copy(raw)  # gradients flow, as in training
-    trained.embeddings = raw.embeddings.clone().requires_grad_()
-    read = train_module.prefix(model, text, offset, 9)
-    h, target, tokens = train_module.states(model, trained, text, places, offset, *read)
-    q = model.logits(h.detach()).softmax(-1).view(2, 3, 3, 30)
-    p = model.logits(target).softmax(-1).view(2, 3, 3, 30)
-    for row, group in [(b, m) for b in range(2) for m in range(3)]:
-        n = int(places[row, group])
-        given = text[row, n:n + 3]  # after the place: the model's own next token, then two drafts
-        s = code.pass_sampler.Sampler(
-            model, "pass", code.pass_sampler.Params(1), 1, 40, lookahead=raw)
-        with torch.inference_mode():
-            s.prefill([text[row, :n].tolist()])
-            states = lookahead.forward(model, s.x, s.caches[0][1])[:, 1:]
-            drawn = iter(given[1:].tolist() + [0])
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(code.lookahead, "draw", lambda q, u: torch.tensor([[next(drawn)]]))
-                u, logits = torch.rand(1, 3), model.logits(states)
-                drafted = lookahead.draft(model, s.params, states, logits, given[:1][None], u)[1]
-        torch.testing.assert_close(
-            drafted[0], q[row, group], msg="the sampler drafts from other q than were trained")
-        whole = model(text[row:row + 1], code.model.Cache(model, 1, 12))
-        expected = model.logits(whole)[0, n:n + 3].softmax(-1)
-        torch.testing.assert_close(expected, p[row, group], msg="the target is not the model's")
-        assert tokens.view(2, 3, 3)[row, group].tolist() == text[row, n + 1:n + 4].tolist(), (
+    read = code.train_lookahead.prefix(model, text, offset, 6)
+    h, target, tokens = code.train_lookahead.states(
+        model, lookahead, text, places, offset, *read)
+    q, p = (model.logits(states.detach()).view(2, 2, 3, 5) for states in (h, target))
+    for row, group, j in itertools.product(range(2), range(2), range(3)):
+        given, n = text[row].tolist(), int(places[row, group])
+        after = given[n:n + 1 + j]  # the model's own next token, then drafts
+        expected = torch.tensor(judge.draft_logits(given[:n], after), dtype=torch.float64)
+        assert torch.allclose(q[row, group, j], expected, atol=1e-5), (
+            "the sampler drafts from other q than were trained")
+        expected = torch.tensor(judge.next_logits(given[:n] + after), dtype=torch.float64)
+        assert torch.allclose(p[row, group, j], expected, atol=1e-5), (
+            "the target is not the model's")
+        assert tokens.view(2, 2, 3)[row, group, j] == given[n + 1 + j], (
             "LA_j is trained for another token than x_{n+1+j}")
 
 
-def test_trained_columns_are_the_columns_of_the_sampler():
-    check_columns(REAL)
-
-
-def check_expected(code):
+def test_expected(code=REAL):
     """E[accepted drafts] as measured on texts, against the sum over all first drafts x and second
     drafts y: sum_x m1(x) (1 + sum_y m2(y) (1 + sum_z m3(z))), m = min(p, q) after x and y."""
     model, g = code.tiny(4), torch.Generator().manual_seed(3)
@@ -132,18 +108,6 @@ def check_expected(code):
     torch.testing.assert_close((weight * chain).sum(), after_x.sum())
 
 
-def test_expected_drafts_are_those_of_a_chain():
-    check_expected(REAL)
-
-
-def test_attention_for_training_is_the_attention_of_sampling():
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, generator=g) for n in (4, 6, 6))
-    for mask in torch.randn(2, 2, 1, 4, 6, dtype=torch.float64, generator=g):
-        with_gradient = attention(q.clone().requires_grad_(), k, v, mask)
-        torch.testing.assert_close(with_gradient, attention(q, k, v, mask))
-
-
 def test_positions_may_be_shifted_together():
     """Rotary attention is relative: without memory a common offset changes nothing; the memory is
     not rotated, so it does."""
@@ -158,26 +122,22 @@ def test_positions_may_be_shifted_together():
         assert torch.allclose(*h, atol=1e-4) == same
 
 
-def check_frozen(code):
+def test_frozen(code=REAL):
     """Two steps of training leave every weight of the model as it was, and change every part of
     the look-ahead."""
     train_module, g = code.train_lookahead, torch.Generator().manual_seed(0)
     model, pool = code.tiny(30, context=200), torch.randint(30, (900,), generator=g)
     before = copy.deepcopy(model.state_dict())
-    table = {1.0: {"by_position": [], "expected": 0}}
-    train_module.own_texts = lambda *_, **__: None
-    train_module.evaluate = lambda *_, **__: table
-    args = dict(length=2, memory=2, head=3, batch=8, objective="tv", seed=0, steps=2, resume=False,
-                process=0, processes=1)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        out = Path(folder) / "file"
-        with contextlib.redirect_stderr(io.StringIO()):
-            train_module.train(SimpleNamespace(out=out, **args), model, pool, pool)
-        trained = load_file(out)
+    args = SimpleNamespace(
+        length=2, memory=2, head=3, batch=8, seed=0, steps=2, process=0, processes=1)
+    parts = train_module.initial(model, pool, args)
+    optimizer = torch.optim.Adam([{"params": [p], "name": name} for name, p in parts.items()])
+    for columns in train_module.batches(model, pool, args, 0):
+        train_module.train_step(model, parts, optimizer, "tv", 1.0, columns)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name]), f"a frozen weight moved: {name}"
-    for name, part in train_module.initial(model, pool, SimpleNamespace(**args)).items():
-        assert not torch.equal(trained[name], part.bfloat16()), f"{name} was not trained"
+    for name, part in train_module.initial(model, pool, args).items():
+        assert not torch.equal(parts[name], part), f"{name} was not trained"
 
 
 # -------------------------------------------------- the script
@@ -187,20 +147,10 @@ def train(capsys, folder, data, out, *more):
     return run_main(train_lookahead, capsys, *words)
 
 
-def test_trains_the_lookahead_and_nothing_else(folder, data, tmp_path, capsys, monkeypatch):
-    models, load = [], Llama.load.__func__
-
-    def kept(cls, *words, **more):
-        models.append(load(cls, *words, **more))
-        return models[-1]
-
-    monkeypatch.setattr(Llama, "load", classmethod(kept))
+def test_trains_the_lookahead(folder, data, tmp_path, capsys):
     out = tmp_path / "a.safetensors"
     code, said, err = train(capsys, folder, data, out, "--steps", 200, "--objective", "kl")
     assert code == 0 and "a.safetensors: 200 steps" in said, err
-    before = load_file(folder / "model.safetensors")
-    for name, tensor in models[0].named_weights().items():
-        assert torch.equal(tensor, before[name]), "a frozen weight moved"
     with safe_open(out, "pt") as file:
         about = json.loads(file.metadata()["lookahead"])
         assert sorted(file.keys()) == ["embeddings", "head_in", "head_out", "memory"]
@@ -211,6 +161,7 @@ def test_trains_the_lookahead_and_nothing_else(folder, data, tmp_path, capsys, m
         for share, ranks in zip(row["by_position"], row["by_rank"]):
             assert share == ranks[0] and ranks == sorted(ranks) and len(ranks) == 5
     assert about["settings"]["objective"] == "kl" and about["steps"] == 200
+    assert about["model"] == files.fingerprint(Config.load(folder))
     lines = [json.loads(line) for line in open(tmp_path / "a.safetensors.jsonl")]
     assert [line["step"] for line in lines] == [*range(0, 201, 20)]
     assert lines[-1]["acceptance"] == trained and lines[-1]["loss"] < lines[1]["loss"]
@@ -223,7 +174,8 @@ KILL = """
 import os, signal, sys
 import train_lookahead as t
 import files
-t.CHECKPOINT_SECONDS, t.READ_FOR, save, calls = 0, 2, files.save_file, []
+t.TEMPERATURES, t.CHECKPOINT_SECONDS, t.READ_FOR = (1.0,), 0, 2
+save, calls = files.save_file, []
 def dies_in_the_middle_of_a_write(tensors, path, metadata):
     save(tensors, path, metadata)
     calls.append(path)
@@ -234,12 +186,6 @@ def dies_in_the_middle_of_a_write(tensors, path, metadata):
 files.save_file = dies_in_the_middle_of_a_write
 files.run_script(t.main)
 """
-
-
-def measured(path):
-    """The lines of a .jsonl file without the time, which differs."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def test_killed_and_resumed_ends_bit_for_bit_the_same(folder, data, tmp_path, capsys, monkeypatch):
@@ -256,44 +202,25 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(folder, data, tmp_path, ca
     command = [sys.executable, "-c", KILL, *map(str, words)]
     killed = subprocess.run(command, env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL and not parts.exists()
-    assert (tmp_path / "parts.checkpoint").exists()
     code, out, err = train(capsys, folder, data, parts, "--steps", 8)
     assert code == 2 and "parts.checkpoint is there: give --resume" in err
-    monkeypatch.setattr(train_lookahead, "TEMPERATURES", (0.0, 0.6, 1.0))  # as in that process
     code, out, err = train(capsys, folder, data, parts, "--steps", 8, "--resume")
     assert code == 0 and "8 steps" in out and "going on from step 3" in err
-    a, b = load_file(whole), load_file(parts)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    lines = [[(line["step"], line["loss"], line["acceptance"]["1.0"]) for line in measured(path)]
-             for path in (tmp_path / "whole.jsonl", tmp_path / "parts.jsonl")]
+    assert whole.read_bytes() == parts.read_bytes()
+    lines = [[json.loads(line) | {"seconds": 0} for line in open(f"{path}.jsonl")]
+             for path in (whole, parts)]
     assert lines[0] == lines[1]
 
 
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_the_same_command_gives_the_same_file(folder, data, tmp_path, capsys):
-    for name in "ab":
-        train(capsys, folder, data, tmp_path / name, "--steps", 3)
-    assert digest(tmp_path / "a") == digest(tmp_path / "b")
-
-
-def test_texts_are_read_anew_and_places_used_once(folder, data, tmp_path, capsys, monkeypatch):
-    seen, states = [], train_lookahead.states
-
-    def noted(model, lookahead, text, places, *more):
-        if torch.is_grad_enabled():
-            seen.append((text, places))
-        return states(model, lookahead, text, places, *more)
-
+def test_texts_are_read_anew_and_places_used_once(monkeypatch):
     monkeypatch.setattr(train_lookahead, "READ_FOR", 3)
-    monkeypatch.setattr(train_lookahead, "states", noted)
-    train(capsys, folder, data, tmp_path / "out", "--steps", 6, "--batch", 5)
-    texts = [text.tolist() for text, _ in seen]
+    pool = torch.randint(30, (900,), generator=torch.Generator().manual_seed(0))
+    args = SimpleNamespace(length=2, batch=5, steps=6, seed=0, process=0, processes=1)
+    texts, places, *_ = zip(*train_lookahead.batches(tiny(30, context=200), pool, args, 0))
+    texts = [text.tolist() for text in texts]
     assert len(texts[0]) == 5
     assert texts[0] == texts[1] == texts[2] != texts[3] == texts[4] == texts[5]
-    for row in torch.cat([places for _, places in seen[:3]], 1).tolist():
+    for row in torch.cat(places[:3], 1).tolist():
         assert len(set(row)) == 3 * train_lookahead.GROUPS
         assert 1 <= min(row) <= max(row) <= train_lookahead.TEXT - 1 - 2
 
@@ -341,19 +268,11 @@ def test_two_processes_end_where_one_does(folder, data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change, says", [
-    (["--length", "0"], "must be 1 to 64"), (["--steps", "0"], "steps must be 1 to"),
-    (["--data", "nowhere"], "nowhere does not exist"), (["--memory", "9999"], "--memory must be 0"),
-    (["--batch", "0"], "batch must be 1"), (["--suffix", ".rs"], "0 files"),
+    (["--length", "0"], "must be 1 to 64"), (["--suffix", ".rs"], "0 files"),
+    (["--data", "nowhere"], "nowhere does not exist"), (["--head", "1000000000"], "--head 0 to"),
     (["--out", "/nowhere/file"], "its folder must exist"),
     (["--texts", "nowhere"], "cannot read nowhere"),
 ])
 def test_bad_input(change, says, folder, data, tmp_path, capsys):
     code, out, err = train(capsys, folder, data, tmp_path / "out", *change)
     assert code == 2 and says in err and err.count("\n") == 1 and list(tmp_path.iterdir()) == []
-
-
-def test_lookahead_of_another_model_is_refused(folder, data, tmp_path, capsys):
-    train(capsys, folder, data, tmp_path / "a.safetensors", "--steps", 1)
-    other = tiny(321, dtype=torch.float32)
-    with pytest.raises(InputError, match="another model"):
-        pass_sampler.load_lookahead(tmp_path / "a.safetensors", other)
