@@ -79,6 +79,8 @@ models/smollm2/model.safetensors: demo/smollm2.py | .venv/extras
 	.venv/bin/python demo/smollm2.py --out $(@D)
 
 .venv/ready: requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "error: Python 3.11 or newer is needed; give PYTHON=python3.12, say"; exit 2; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q -r requirements.txt
 	touch $@

@@ -268,8 +268,8 @@ def acceptance(args):
     if shortest < PROMPT or args.new_tokens <= L:
         raise InputError(f"prompts must have {PROMPT} tokens, new ones be more than the {L} drafts")
     yield described(args, model, prompts)
-    yield (f"Of a prompt its last {PROMPT} tokens. One of k: the probability that one of k "
-           f"candidates is accepted there; of the chain: the accepted drafts per step.")
+    yield (f"Of prompts the last {PROMPT} tokens. One of k: the probability that one of k "
+           f"candidates is accepted; of the chain: accepted drafts per step.")
     for kind, rows in prompts.items():
         ends = torch.tensor([row[-PROMPT:] for row in rows])
         length = PROMPT + args.new_tokens
@@ -389,7 +389,7 @@ OPTIONS = {
     "top-k": dict(type=int, nargs="+", default=[0], help="0 is off (default: 0)"),
     "rows": dict(type=int, nargs="+", default=[1], help="prompts side by side (default: 1)"),
     "rounds": dict(type=int, default=3, help="over all prompts (default: 3; of cost 25)"),
-    "no-graph": dict(action="store_true", help="do not record steps as CUDA graphs"),
+    "no-graph": dict(action="store_true", help="record no CUDA graph"),
     "shape": dict(choices=["1b", "7b"], help="random weights of that size, in place of --model"),
     "positions": dict(type=int, nargs="+", default=[0], help="of the first token (default: 0)"),
     "columns": dict(type=int, nargs="+", default=[6, 12], help="of a tree (default: 6 12)"),
@@ -426,12 +426,10 @@ def parse():
     parser.set_defaults(rows=[1], methods=[], draft_model=None)
     args = parser.parse_args()
     files.check_seed(args.seed)
-    largest = dict(count=2**16, new_tokens=2**20, rows=2**12, rounds=2**12, samples=2**12,
-                   columns=2**10)
-    for name, most in largest.items():
-        values = getattr(args, name, most)
+    for name in ("count", "new_tokens", "rows", "rounds", "samples", "columns"):
+        values = getattr(args, name, 1)
         for value in values if isinstance(values, list) else [values]:
-            files.check_number(f"--{name.replace('_', '-')}", value, most)
+            files.check_number(f"--{name.replace('_', '-')}", value, 2**16)
     drafted = args.function is memory or any(m.startswith("draft-model") for m in args.methods)
     if args.draft_model and not drafted:
         raise InputError("--draft-model has no effect without the method draft-model")

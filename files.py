@@ -645,8 +645,9 @@ def split_files(paths, suffix):
         inside = path.rglob(f"*{suffix}") if path.is_dir() else [path]
         found.update(file for file in inside if file.is_file())
     if len(found) < 2:
-        raise InputError(f"--data has {len(found)} files with suffix {suffix!r}; at least 2 are "
-                         f"needed, as one is held out")
+        of = f" with suffix {suffix}" if suffix else ""
+        raise InputError(f"--data has {len(found)} files{of}; at least 2 are needed, as one is "
+                         f"held out")
     hashed = sorted(sorted(found), key=lambda f: hashlib.sha256(f.name.encode()).digest())
     tenth = max(1, len(hashed) // 10)
     return sorted(hashed[tenth:]), sorted(hashed[:tenth])

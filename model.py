@@ -107,6 +107,7 @@ class Cache:
         """Keep, per row, the first `count` (an int, or (B,)) columns of the block that just ran.
 
         columns (B,n): keep these, in this order, in place of 0, 1, 2, ..: a path through a tree.
+        In place: a view of `length` changes with it.
         """
         if columns is not None:
             rows, to = self.next(columns.shape[1])
@@ -310,7 +311,7 @@ class Llama(nn.Module):
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise InputError(f"no model folder {folder}; demo/model is one")
+            raise InputError(f"no model folder {folder} here; the repository has demo/model")
         config = Config.load(folder)
         own = DTYPES[config.dtype]
         half = dtype == torch.float16 or dtype is None and own.itemsize == 2

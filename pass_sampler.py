@@ -3,10 +3,10 @@
     python pass_sampler.py --model demo/model --lookahead demo/model/lookahead.safetensors
 
 x_1 .. x_n is the text so far, p the target's (the model's own) distribution of the next token, q
-what a draft was drawn from. Shapes: B batch rows, T block columns, V vocabulary, L look-ahead
-tokens, D width. First the rule that makes drafts harmless (`verify`), then what is trained
-(`Lookahead`), then the methods as steps (`autoregressive`, `parallel`), then the loop that they
-share (`Sampler`). Read model.py before, train_lookahead.py after; beyond/ has what the paper lacks.
+what a draft was drawn from. Shapes are as in model.py, L look-ahead tokens. First the rule that
+makes drafts harmless (`verify`), then what is trained (`Lookahead`), then the methods as steps
+(`autoregressive`, `parallel`), then the loop that they share (`Sampler`). Read model.py before,
+train_lookahead.py after; beyond/ has what the paper lacks.
 """
 import argparse
 import importlib
@@ -30,8 +30,9 @@ from model import DTYPES, Cache, Llama
 
 @dataclass(frozen=True)
 class Params:
-    """Sampling parameters. To add one: a field here, its range below, a line in `probs`; for the
-    proof a line in tests/naive.py, values in PARAMS and SETTINGS of tests/test_equivalence.py."""
+    """Sampling parameters. To add one: a field, its range and message, a line in `probs`; for the
+    proof the same argument and line in `probs` of tests/naive.py, and values in PARAMS and SETTINGS
+    of tests/test_equivalence.py."""
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # 0 is off
     top_p: float = 1.0  # 1 is off
@@ -162,9 +163,8 @@ class Method(NamedTuple):
     """
     step: Callable
     uniforms: int
-    drafts: int = 0  # that a step keeps at most; they end at the last token but one that counts
+    drafts: int = 0  # kept at most per step; those kept stand just before the last token
     passes: int = 1  # of the model, per step
-    start: Callable = None  # start(tokens (B,n), lengths (B,)) is told the prompts
 
 
 def autoregressive(s):
@@ -213,7 +213,7 @@ def ended_by(last, tokens, count):
     return torch.cat([tokens, last[:, None]], 1).scatter_(1, count[:, None], last[:, None])
 
 
-# A function of a Sampler and of the method's options; or the module of beyond/ that has `method`.
+# A function of a Sampler and of options; or the module of beyond/ that has `method`.
 METHODS = {
     "autoregressive": autoregressive,
     "pass": parallel,
@@ -252,8 +252,8 @@ class Sampler:
 
     def __init__(self, model, method="pass", params=Params(), rows=1, context=None, graph=True,
                  **options):
-        """rows: prompts at once, at most. context: tokens of a text and its prompt (None: as the
-        model's; a GPU reads so many slots per step). graph: whether a GPU records the step."""
+        """rows: prompts at once, at most. context: tokens of prompt and text (None: as the model's;
+        a GPU reads as many slots per step). graph: whether a GPU records the step."""
         files.check_options(method, options, options_of(method))
         device = model.embedding.device
         self.model, self.name, self.params, self.rows = model, method, params, rows
@@ -297,8 +297,6 @@ class Sampler:
         self.finite.fill_(True)
         for buffer in self.buffers:
             buffer.zero_()
-        if self.method.start is not None:
-            self.method.start(tokens, lengths)
         width = max(1, PREFILL // self.rows)
         for model, cache in self.caches:
             cache.length.zero_()
@@ -315,7 +313,7 @@ class Sampler:
 
     def next_step(self):
         """`advance` with new uniforms. A GPU runs it once, records it as a CUDA graph, and replays
-        that from then on, whatever the prompts and the seed."""
+        that ever after."""
         self.u.uniform_(generator=self.generator)
         if self.records and self.result is not None and self.recorded is None:
             start, graph = time.perf_counter(), torch.cuda.CUDAGraph()
@@ -402,8 +400,8 @@ def generate(model, prompts, method="pass", params=Params(), max_new_tokens=128,
 # --------------------------------------------- command line
 
 def load_lookahead(spec, model, length=None, tokenizer=None):
-    """The Lookahead of a file; or, untrained, "mean", the mean embedding of all tokens, or "unk",
-    that of the tokenizer's unknown token. length: L (None: the file's, or 4)."""
+    """The Lookahead of a file; or untrained: "mean", of all tokens' embeddings, or "unk", the
+    unknown token's. length: L (None: the file's, or 4)."""
     tensors, acceptance = files.read_lookahead(spec, model, length, tokenizer)
     if len(tensors) == 1:
         return Lookahead(**tensors, acceptance=acceptance)
@@ -412,7 +410,7 @@ def load_lookahead(spec, model, length=None, tokenizer=None):
 
 
 def method_options(args, model, tokenizer):
-    """The options of args.method. Raises InputError for a word that would have no effect."""
+    """The options of args.method. An option that would have no effect is refused."""
     known, words = options_of(args.method), ("lookahead", "length", "tree", "draft_model")
     given = {name: getattr(args, name) for name in words if getattr(args, name) is not None}
     if "lookahead" in known:
@@ -437,14 +435,17 @@ def main():
     add("--tree", help="of method tree, such as \"0 1 00\"")
     add("--draft-model", type=Path, metavar="DIR", help="of method draft-model")
     for f in fields(Params):
+        off = "greedy" if f.name == "temperature" else "off"
         add(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default,
-            help="(default: %(default)s, greedy or off)")
-    add("--max-new-tokens", type=int, default=128)
-    add("--samples", type=int, default=1, help="texts")
-    add("--no-graph", action="store_true", help="do not record steps as CUDA graphs")
-    add("--json", action="store_true")
+            help=f"(default: {f.default:g}, {off})")
+    add("--max-new-tokens", type=int, default=128, help="(default: 128)")
+    add("--samples", type=int, default=1, help="texts (default: 1)")
+    add("--no-graph", action="store_true", help="record no CUDA graph")
+    add("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     params = Params(**{f.name: getattr(args, f.name) for f in fields(Params)})
+    if params.temperature == 0 and params != Params():
+        raise InputError("at temperature 0 nothing else has an effect")
     text = files.read_prompt(args)
     files.check_seed(args.seed)
     files.check_number("samples", args.samples, 2**16)

@@ -5,8 +5,8 @@
 
 Beyond the paper are the objectives kl and tv, a draft head and a memory (beyond/lookahead.py), and
 texts that the model wrote (beyond/own_texts.py). FILE is for pass_sampler.py; FILE.jsonl has what
-was measured on the way. Killed at any moment, the same command with --resume ends bit for bit where
-an undisturbed run ends: all chance in a step comes from (seed, step). With many GPUs: torchrun
+was measured on the way. Killed, the same command with --resume ends bit for bit where an
+undisturbed run ends: all chance in a step comes from (seed, step). With many GPUs: torchrun
 --nproc-per-node N train_lookahead.py .. Read `states`, `backward`, `train`. Shapes as in model.py;
 M groups of L look-ahead tokens per text, N columns.
 """
@@ -36,10 +36,10 @@ READ_FOR = 16  # steps, each at other places: reading texts costs more than a st
 RATES = {"embeddings": 0.02, "memory": 0.02, "head_in": 0.003, "head_out": 0.003}
 EVALUATIONS = 10  # per run, about
 CHECKPOINT_SECONDS = 20
-# May differ when a run goes on: hashes stand for them.
+# May differ on --resume: hashes stand for them.
 MOVABLE = ("model", "data", "texts", "device", "out", "resume", "process", "processes")
 
-# --------------------------------- the columns, as sampling runs them
+# ----------------------- the columns, as sampling runs them; the loss
 
 
 def prefix(model, text, offset, room):
@@ -54,7 +54,7 @@ def prefix(model, text, offset, room):
 
 
 def states(model, lookahead, text, places, offset, cache, target):
-    """Put M groups of look-ahead tokens after M places of each text, in one block.
+    """Run M groups of look-ahead tokens after M places of each text, in one block.
 
     text (B,T). places (B,M): how many tokens of the text a group follows. offset (B,): added to all
     positions, since the memory's keys are not rotated: it is trained at all distances. cache,
@@ -80,8 +80,6 @@ def states(model, lookahead, text, places, offset, cache, target):
     target = target.gather(1, here[:, :, None].expand(-1, -1, target.shape[2]))
     return h.flatten(0, 1), target.flatten(0, 1), text.gather(1, here + 1).flatten()
 
-
-# ------------------------------------------------------ the objective
 
 def loss_of(objective, logits, tokens, p):
     """Loss, summed over columns. logits (N,V) of q; tokens (N,), what the text has; p (N,V).
@@ -142,8 +140,8 @@ def measure(model, lookahead, params, text, position, generator, ranks):
 def evaluate(model, lookahead, texts, position=0, ranks=5):
     """Acceptance on texts {temperature: (n,T)} that the model wrote.
 
-    Per temperature: by_position, the probability that a draft is accepted where those before it are
-    the text's own tokens; expected, the accepted drafts of a chain; by_rank [position][k]: `cover`.
+    Per temperature: by_position, how probably a draft is accepted where those before it are the
+    text's own tokens; expected, the accepted drafts of a chain; by_rank [position][k]: `cover`.
     """
     lookahead, table = lookahead.ready(model), {}
     for temperature, text in texts.items():
@@ -161,8 +159,7 @@ def evaluate(model, lookahead, texts, position=0, ranks=5):
 # ----------------------------------------------------------- training
 
 def initial(model, tokens, args):
-    """{name: float32 parameter} before training. Embeddings begin as the mean of all tokens, a
-    guess."""
+    """{name: float32 parameter}. Embeddings begin as the mean of all tokens."""
     generator = torch.Generator().manual_seed(args.seed)
     noise = 0.01 * torch.randn(args.length, model.config.dim, generator=generator)
     parts = {"embeddings": model.embedding.float().mean(0) + noise.to(model.embedding.device)}
@@ -224,7 +221,7 @@ def beside(out, suffix):
 
 
 def record(model, parts, texts, state, out, ranks):
-    """Evaluate; write all measured so far beside `out`."""
+    """Evaluate; write all measured so far."""
     table = evaluate(model, LookaheadPlus(**parts), texts, ranks=ranks)
     losses, state["losses"] = state["losses"], []
     state["measured"].append({
@@ -232,8 +229,9 @@ def record(model, parts, texts, state, out, ranks):
         "loss": sum(losses) / len(losses) if losses else None, "acceptance": table})
     lines = "".join(json.dumps(line) + "\n" for line in state["measured"])
     files.write_file(beside(out, "jsonl"), lambda path: path.write_text(lines))
-    expected = ", ".join(f"{row['expected']:.3f} at {t}" for t, row in table.items())
-    tqdm.write(f"step {state['step']}: {expected} drafts accepted", file=sys.stderr)
+    expected = ", ".join(f"{row['expected']:.3f} at {t:g}" for t, row in table.items())
+    L = len(parts["embeddings"])
+    tqdm.write(f"step {state['step']}: of {L} drafts accepted {expected}", file=sys.stderr)
 
 
 def train(args, model, pool, held):
@@ -250,20 +248,20 @@ def train(args, model, pool, held):
         state = files.read_checkpoint(checkpoint, settings, parts, moments)
     if args.resume and leads:
         print(f"going on from step {state['step']}", file=sys.stderr)
-    if leads:  # of all processes this one measures and writes
+    if leads:  # this process measures and writes
         prompts = files.windows(held, 32, PROMPT, torch.Generator().manual_seed(args.seed))
         texts = {t: own_texts(model, prompts, t, args.seed, length=160) for t in TEMPERATURES}
     bar = tqdm(total=args.steps, initial=state["step"], disable=not leads, unit="step",
                smoothing=0, mininterval=1 if sys.stderr.isatty() else 60)
-    began, saved = time.perf_counter(), state["seconds"]
+    began = saved = time.perf_counter()
     with bar:
         for columns in batches(model, pool, args, state["step"]):
             if leads and state["step"] % max(1, args.steps // EVALUATIONS) == 0:
                 start = time.perf_counter()
                 record(model, parts, texts, state, args.out, ranks=1)
                 pause = time.perf_counter() - start
-                began += pause  # evaluation is no training,
-                bar.start_t += pause  # nor does the bar's time left count it
+                began += pause
+                bar.start_t += pause  # or the time left would count evaluations
             loss = train_step(model, parts, optimizer, args.objective,
                               rate(state["step"], args.steps), columns)
             state["losses"].append(loss.item())
@@ -271,9 +269,9 @@ def train(args, model, pool, held):
             state["seconds"] += time.perf_counter() - began
             began = time.perf_counter()
             bar.update()
-            if leads and state["seconds"] - saved > CHECKPOINT_SECONDS:
+            if leads and began - saved > CHECKPOINT_SECONDS:
                 files.write_checkpoint(checkpoint, state, parts, moments)
-                saved = state["seconds"]
+                saved = began
     if leads:
         record(model, parts, texts, state, args.out, ranks=5)
         about = {"model": settings["model"], "settings": settings, "steps": args.steps,
@@ -293,7 +291,7 @@ def parse():
     add = parser.add_argument
     files.add_common(add)
     files.add_data(add)
-    add("--texts", type=Path, help="to train on, in place of the data")
+    add("--texts", type=Path, help="to train on in place of data")
     add("--objective", choices=["ce", "kl", "tv"], default="tv", help="(default: tv)")
     add("--length", type=int, default=4, help="look-ahead tokens L (default: 4)")
     add("--head", type=int, default=0, help="rank of the draft head (default: 0, none)")
@@ -313,6 +311,8 @@ def parse():
     checkpoint = beside(args.out, "checkpoint")
     if checkpoint.exists() and not args.resume:
         raise InputError(f"{checkpoint} is there: give --resume, or remove it")
+    if args.resume and args.out.is_file() and not checkpoint.exists():
+        raise InputError(f"{args.out} is finished: nothing to resume")
     return args
 
 
@@ -336,8 +336,8 @@ def main():
     device = files.device_named(args.device)
     model = Llama.load(args.model, DTYPES.get(args.dtype), device, packed=False)
     if model.config.context < TEXT:
-        raise InputError(f"the model's context of {model.config.context} is shorter than {TEXT}, "
-                         f"the texts to train on")
+        raise InputError(f"the model's context of {model.config.context} is shorter than the texts "
+                         f"of {TEXT}")
     tokenizer = files.load_tokenizer(args.model, model.config.vocab_size)
     pool, held = files.read_data(tokenizer, args.data, args.suffix, TEXT)
     if args.texts:

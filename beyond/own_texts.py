@@ -46,7 +46,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     files.add_common(parser.add_argument)
     files.add_data(parser.add_argument)
-    parser.add_argument("--count", type=int, default=6144, help="(default: 6144)")
+    parser.add_argument("--count", type=int, default=6144,
+                        help="a multiple of 3 (default: 6144)")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     args = parser.parse_args()
     files.check_seed(args.seed)
@@ -65,6 +66,7 @@ def main():
         parts.append(own_texts(model, prompts, temperature, args.seed + i))
     about = {"texts": files.fingerprint(model.config)}
     files.write_tensors({"texts": torch.cat(parts).int()}, args.out, about)
+    print(f"{args.out}: {args.count} texts of {TEXT} tokens")
 
 
 if __name__ == "__main__":

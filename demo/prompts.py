@@ -51,13 +51,13 @@ def main():
     # Code begins with a function or a class, prose with its first sentence.
     code = re.compile("(?m)^(def|class) ")
     texts = {"code": pieces(sources, code), "prose": pieces(prose, re.compile("^")),
-             "plain code": pieces(plain, code)}
+             "modules": pieces(plain, code)}
     chance, prompts = random.Random(0), {}
     for name, found in texts.items():
         if len(found) < PROMPTS:
             raise InputError(f"only {len(found)} pieces of {name} were found, {PROMPTS} are needed")
         prompts[name] = [text.rsplit(maxsplit=1)[0] for text in chance.sample(found, PROMPTS)]
-    contents = {"prompts.json": ["code", "prose"], "model/prompts.json": ["plain code"]}
+    contents = {"prompts.json": ["code", "prose"], "model/prompts.json": ["modules"]}
     for path, names in contents.items():
         text = json.dumps({name: prompts[name] for name in names}, indent=1) + "\n"
         write_file(Path(__file__).parent / path, lambda temporary: temporary.write_text(text))

@@ -157,7 +157,8 @@ def compare_ends(method, rows, low, high):
         f"(step, number), lie between the thresholds that the method has (p/q to accept; the "
         f"cumulative shares of p, of q, or of the residual max(0, p - q) to draw), so there should "
         f"be one outcome, {made} (model's token, accepted drafts, last token, per step), but it is "
-        f"{low[i]} at one end and {high[i]} at the other: a draw or the rejection rule is off")
+        f"{low[i]} at one end and {high[i]} at the other: a draw or the rejection rule is off, or "
+        f"the drafts are others")
 
 
 def compare_texts(method, settings, parts, rows, outcomes):

@@ -9,7 +9,7 @@
 What is beyond the paper is held to the same in tests/test_beyond.py.
 """
 import itertools
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from functools import cache
 
 import pytest
@@ -17,7 +17,7 @@ import torch
 
 import naive
 from common import ALPHA, REAL, check_power, p_value, random_lookahead, tiny
-from exact import algorithm, check_exact
+from exact import check_exact
 from pass_sampler import METHODS, Params, Sampler, generate
 
 # ------------------------------------ 1. the rejection rule
@@ -141,10 +141,17 @@ def test_steps(method, L, settings, steps):
     check_exact(REAL, method, settings, shape=L, steps=steps)
 
 
-def test_every_method_has_an_algorithm():
-    """So that none goes without a proof: `check_exact` compares with tests/naive.py."""
-    for method in METHODS:
-        assert algorithm(method, ("memory", "head"), "0" if method == "tree" else 1)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_exact(method):
+    """So that none goes without a proof, whatever else is tried of it."""
+    check_exact(REAL, method, (1.0,), ("memory", "head"), "0" if method == "tree" else 1, steps=2)
+
+
+def test_every_parameter_is_tried():
+    """In PARAMS and in SETTINGS, at a value that is not its default."""
+    for name, default in asdict(Params(1)).items():
+        for tried in (PARAMS, [Params(*some) for some in SETTINGS]):
+            assert any(getattr(params, name) != default for params in tried), name
 
 
 # ----------------- 3. whole texts, with real random numbers
