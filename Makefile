@@ -51,6 +51,10 @@ bench: .venv/bench models/smollm2/model.safetensors  ## the tables of demo/RESUL
 	$(call measure,smollm2-peers,$(PEERS))
 	.venv/bin/python demo/page.py
 
+humaneval: .venv/bench models/smollm2/model.safetensors  ## 41 problems of HumanEval: an hour
+	.venv/bin/python demo/humaneval.py $(SMOLLM2) --methods pass=3 fused=1 --problems 41 \
+		--execute --json $(OUT)/smollm2-humaneval.json
+
 PEERS = peers $(SMOLLM2) --kinds code --count 6 --temperatures 0 --rounds 2
 GGUF = models/smollm2/f16.gguf models/smollm2/q8_0.gguf
 llama: .venv/bench $(GGUF)  ## llama.cpp among the peers: compiles it, half an hour
@@ -96,4 +100,4 @@ models/smollm2/model.safetensors: demo/smollm2.py | .venv/extras
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
 
-.PHONY: bench bench-gpu demo llama help mutants smollm2 soak test
+.PHONY: bench bench-gpu demo help humaneval llama mutants smollm2 soak test

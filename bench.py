@@ -28,7 +28,7 @@ from beyond.draft_model import load_draft_model
 from beyond.own_texts import PROMPT, own_texts
 from beyond.tree import best_of, choose, table_for
 from files import InputError
-from model import DTYPES, Cache, Config, Llama
+from model import DTYPES, Cache, Config, Llama, has_fbgemm, pack
 from pass_sampler import Params, Sampler, load_lookahead, options_of
 from train_lookahead import evaluate
 
@@ -137,8 +137,8 @@ def described(args, model, prompts):
 
 
 def decoder(args, model, tokenizer, spec, params, rows, context, stop_tokens=()):
-    """A name, and a function(prompts, seed) -> result, of up to `rows` prompts. spec:
-    METHOD[:FILE][=SHAPE]. Texts of unequal length do not compare: by default no token ends one."""
+    """A name, and a function(prompts, seed) -> result. spec: METHOD[:FILE][=SHAPE]. Texts of unequal
+    length do not compare: by default no token ends one."""
     head, _, shape = spec.partition("=")
     method, _, file = head.partition(":")
     known, options, number = options_of(method), {}, None
@@ -171,8 +171,8 @@ def compared(args, model, tokenizer, methods, peers=None):
     methods(temperature) names, and peers {name: f(new_tokens, params, prompts, seed)}."""
     prompts = read_prompts(args, model, tokenizer)
     yield described(args, model, prompts)
-    yield (f"Times as fast: time per token of the first method by that of this one, prefill apart, "
-           f"the median over prompts and {args.rounds} rounds; from, to: its 95 % interval.")
+    yield (f"Times as fast: time per token of the first method by that of this, prefill apart, "
+           f"median over prompts and {args.rounds} rounds; from, to: its 95 % interval.")
     for kind, rows, t, k in itertools.product(prompts, args.rows, args.temperatures, args.top_k):
         some = prompts[kind]
         units = [(some * rows)[i:i + rows] for i in range(0, len(some), rows)]
@@ -210,12 +210,11 @@ def cost(args):
                    "from": low, "to": high}
     size = parameters(model) - (0 if model.config.tied else model.embedding.numel())
     read = size * model.dtype.itemsize
-    yield f"A pass of one column reads {read / 1e6:.0f} MB of weights."
+    yield f"One column reads {read / 1e6:.0f} MB of weights."
 
 
 def timed_pass(model, cache, T, graph):
-    """A function(unit, round) -> seconds of a pass over T columns; on a GPU recorded, as steps are.
-    """
+    """A function(unit, round) -> seconds of a pass over T columns, recorded as steps are."""
     tokens = torch.zeros(1, T, dtype=torch.long, device=model.embedding.device)
 
     def run():
@@ -252,10 +251,12 @@ def random_model(args):
     config = Config(**shape, head_dim=shape["dim"] // shape["n_heads"], norm_eps=1e-5,
                     rope_theta=10000.0, rope={"rope_type": "default"}, context=4096, tied=False,
                     dtype="bfloat16", stop_tokens=())
-    dtype = DTYPES.get(args.dtype, torch.bfloat16)
-    model = Llama(config, dtype, files.device_named(args.device)).requires_grad_(False)
+    dtype, device = DTYPES.get(args.dtype, torch.bfloat16), files.device_named(args.device)
+    model = Llama(config, dtype, device).requires_grad_(False)
     for weight in model.parameters():
         weight.normal_(0, 0.02)
+    if args.dtype in (None, "float16") and has_fbgemm(device):
+        pack(model)  # as `Llama.load` does
     return model
 
 
@@ -305,7 +306,7 @@ def length(args):
 
 
 def memory(args):
-    """What a method adds to the model, and the most that is held at once."""
+    """What a method adds to the model, and what is held at most."""
     model, tokenizer = load(args)
     lookahead = load_lookahead(args.lookahead, model, None, tokenizer)
     sizes = {"the model": parameters(model)}
@@ -367,7 +368,7 @@ def peers(args):
     """How fast others are with the same weights, prompts and settings (demo/others.py)."""
     from demo.others import others
     if args.new_tokens < 2:
-        raise InputError("--new-tokens must be 2 or more: the first token is the prefill's")
+        raise InputError("--new-tokens must be 2 or more: the first is the prefill's")
     model, tokenizer = load(args)
     theirs = others(args.model, model.embedding.device, args.gguf or ())
     yield from compared(args, model, tokenizer, lambda temperature: args.methods, theirs)
@@ -388,10 +389,10 @@ OPTIONS = {
     "temperatures": dict(type=float, nargs="+", default=[0.0, 0.6, 1.0], help="(default: 0 .6 1)"),
     "top-k": dict(type=int, nargs="+", default=[0], help="0 is off (default: 0)"),
     "rows": dict(type=int, nargs="+", default=[1], help="prompts side by side (default: 1)"),
-    "rounds": dict(type=int, default=3, help="over all prompts (default: 3; of cost 25)"),
+    "rounds": dict(type=int, default=3, help="(default: 3; of cost 25)"),
     "no-graph": dict(action="store_true", help="record no CUDA graph"),
     "shape": dict(choices=["1b", "7b"], help="random weights of that size, in place of --model"),
-    "positions": dict(type=int, nargs="+", default=[0], help="of the first token (default: 0)"),
+    "positions": dict(type=int, nargs="+", default=[0], help="of first tokens (default: 0)"),
     "columns": dict(type=int, nargs="+", default=[6, 12], help="of a tree (default: 6 12)"),
     "samples": dict(type=int, default=16, help="of each prompt (default: 16)"),
     "gguf": dict(type=Path, nargs="+", help="for llama.cpp: files of demo/to_gguf.py"),
