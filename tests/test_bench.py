@@ -289,7 +289,7 @@ def test_pass_at_k_and_its_interval():
     ("print('passed'); assert False", False), ("import os\nos.mkdir('x')\nos.chroot('x')", False),
     ("for _ in range(10 ** 6): print('x' * 99)", True)])
 def test_programs_are_shut_in(program, ends_well):
-    assert humaneval.passes(program, seconds=4) == ends_well
+    assert humaneval.ends_well(program, seconds=4) == ends_well
 
 
 @pytest.mark.skipif(not SHUT_IN, reason="needs the command unshare")
@@ -299,7 +299,7 @@ def test_programs_have_no_network():
         port = server.getsockname()[1]
         program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)"
         exec(program)
-        assert not humaneval.passes(program)
+        assert not humaneval.ends_well(program)
 
 
 @pytest.mark.skipif(not SHUT_IN, reason="needs the command unshare")

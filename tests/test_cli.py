@@ -29,7 +29,7 @@ def test_stream_and_summary(folder, capsys):
     _, out, err = call(capsys, *words)
     _, as_json, _ = call(capsys, *words, "--json")
     assert out == json.loads(as_json)["text"][0] + "\n" and "\033" not in out
-    assert err.startswith("pass on cpu: 30 tokens, ")
+    assert err.startswith("method pass on cpu: 30 tokens, ")
     assert "tokens per pass, at least 1, 2, .. drafts accepted in" in err
     assert err.count("\n") == 1
     _, out, err = call(capsys, *words, "--lookahead", "unk", "--samples", 2)
