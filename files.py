@@ -581,11 +581,14 @@ def cell(value):
 
 
 def commit():
-    """The commit of the code; with a + where it has been changed since."""
-    try:
-        words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(words, cwd=Path(__file__).parent, check=True, text=True,
+    """The commit of the code; with a + where a .py file has been changed since."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, check=True, text=True,
                               capture_output=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -84,7 +84,7 @@ def main():
     add = parser.add_argument
     files.add_common(add)
     add("--texts", type=Path, required=True, help="of beyond/own_texts.py")
-    add("--steps", type=int, default=600, help=f"of {BATCH} texts (default: 600)")
+    add("--steps", type=int, default=400, help=f"of {BATCH} texts (default: 400)")
     add("--out", type=Path, default=Path("models/draft"), help="folder (default: models/draft)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--json", type=Path, help="file for what was measured on the way")
