@@ -85,7 +85,7 @@ def against_first(decoders, units, args, what):
     plain, rows = next(iter(seconds.values())), {}
     for name, taken in seconds.items():
         middle, low, high = interval(plain / taken)
-        known = None not in per_pass[name]  # of others it is not
+        known = None not in per_pass[name]  # not of peers
         rows[name] = {"tokens per pass": statistics.mean(per_pass[name][1:]) if known else "",
                       "tokens/s": 1 / taken.quantile(0.5).item(),
                       "times as fast": middle, "from": low, "to": high}
@@ -137,8 +137,8 @@ def described(args, model, prompts):
 
 
 def decoder(args, model, tokenizer, spec, params, rows, context, stop_tokens=()):
-    """A name, and a function(prompts, seed) -> result. spec: METHOD[:FILE][=SHAPE]. Texts of unequal
-    length do not compare: by default no token ends one."""
+    """A name, and a function(prompts, seed) -> result. spec: METHOD[:FILE][=SHAPE]. By default no
+    token ends a text: texts of unequal length do not compare."""
     head, _, shape = spec.partition("=")
     method, _, file = head.partition(":")
     known, options, number = options_of(method), {}, None
@@ -263,7 +263,7 @@ def random_model(args):
 def acceptance(args):
     """How often a draft is accepted, on texts that the model writes after the prompts."""
     model, tokenizer = load(args)
-    lookahead = load_lookahead(args.lookahead, model, None, tokenizer)
+    lookahead = load_lookahead(args.lookahead, model, tokenizer=tokenizer)
     prompts, L = read_prompts(args, model, tokenizer), len(lookahead.embeddings)
     shortest = min(len(prompt) for some in prompts.values() for prompt in some)
     if shortest < PROMPT or args.new_tokens <= L:
@@ -293,7 +293,7 @@ def length(args):
     """How many look-ahead tokens, and which tree: the best of so many columns, by the acceptance
     in the file."""
     model, tokenizer = load(args)
-    lookahead = load_lookahead(args.lookahead, model, None, tokenizer)
+    lookahead = load_lookahead(args.lookahead, model, tokenizer=tokenizer)
 
     def methods(temperature):
         lengths = range(1, 1 + len(lookahead.embeddings))
@@ -308,7 +308,7 @@ def length(args):
 def memory(args):
     """What a method adds to the model, and what is held at most."""
     model, tokenizer = load(args)
-    lookahead = load_lookahead(args.lookahead, model, None, tokenizer)
+    lookahead = load_lookahead(args.lookahead, model, tokenizer=tokenizer)
     sizes = {"the model": parameters(model)}
     for name, part in vars(lookahead).items():
         if torch.is_tensor(part):
@@ -389,7 +389,7 @@ OPTIONS = {
     "temperatures": dict(type=float, nargs="+", default=[0.0, 0.6, 1.0], help="(default: 0 .6 1)"),
     "top-k": dict(type=int, nargs="+", default=[0], help="0 is off (default: 0)"),
     "rows": dict(type=int, nargs="+", default=[1], help="prompts side by side (default: 1)"),
-    "rounds": dict(type=int, default=3, help="(default: 3; of cost 25)"),
+    "rounds": dict(type=int, default=3, help="(default: 3; cost: 25)"),
     "no-graph": dict(action="store_true", help="record no CUDA graph"),
     "shape": dict(choices=["1b", "7b"], help="random weights of that size, in place of --model"),
     "positions": dict(type=int, nargs="+", default=[0], help="of first tokens (default: 0)"),

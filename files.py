@@ -627,12 +627,13 @@ def peak_memory(device, work):
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(word))
 
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed
+        if hasattr(ctypes.CDLL(None), "malloc_trim"):
+            ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
         before = held("VmRSS")
         work()
         return held("VmHWM") - before
-    except (OSError, AttributeError) as error:
+    except OSError as error:
         raise InputError(f"peak memory cannot be measured here: {error}") from None
 
 
@@ -741,7 +742,8 @@ def read_lookahead(path, model, length=None, tokenizer=None):
         return {"embeddings": model.embedding.mean(0).repeat(length or 4, 1)}, {}
     if path == "unk":
         if tokenizer is None or tokenizer.unk is None:
-            raise InputError("the tokenizer has no unknown token; use mean, or a trained file")
+            raise InputError("unk needs a tokenizer that has an unknown token; use mean, or a "
+                             "trained file")
         return {"embeddings": model.embedding[tokenizer.unk].repeat(length or 4, 1)}, {}
     with open_tensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}

@@ -70,7 +70,7 @@ def probs(logits, params):
 
 
 def draw(p, u):
-    """Inverse CDF: weights p (..,V), normalised or not, and uniforms u (..) -> tokens (..).
+    """Inverse CDF: p (..,V) and uniforms u (..) -> tokens (..).
 
     The first token whose cumulative weight exceeds u times the total, so never one of weight 0.
     (Where a weight is NaN it is the last token, and `verify` rejects it.)
@@ -445,7 +445,7 @@ def main():
     args = parser.parse_args()
     params = Params(**{f.name: getattr(args, f.name) for f in fields(Params)})
     if params.temperature == 0 and params != Params():
-        raise InputError("at temperature 0 nothing else has an effect")
+        raise InputError("--top-k and --top-p need a --temperature above 0")
     text = files.read_prompt(args)
     files.check_seed(args.seed)
     files.check_number("samples", args.samples, 2**16)

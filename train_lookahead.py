@@ -312,7 +312,7 @@ def parse():
     if checkpoint.exists() and not args.resume:
         raise InputError(f"{checkpoint} is there: give --resume, or remove it")
     if args.resume and args.out.is_file() and not checkpoint.exists():
-        raise InputError(f"{args.out} is finished: nothing to resume")
+        raise InputError(f"{args.out} has no checkpoint: there is nothing to resume")
     return args
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tqdm import tqdm
 
+import bench
 import files
 from beyond.own_texts import read_texts
 from model import DTYPES, Cache, Llama
@@ -78,7 +79,7 @@ def agreement(small, large, texts, targets):
     return {"accepted at 0": round(same / places, 4), "at 1": round(accepted / places, 4)}
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -93,9 +94,15 @@ def main():
     files.check_number("steps", args.steps, 2**40)
     if args.json:
         files.check_writable(args.json)
+    return args
+
+
+def distilled(args):
+    """Train and write the draft model; then what was measured, as `files.tell` takes it."""
     device = files.device_named(args.device)
     dtype = DTYPES.get(args.dtype, torch.bfloat16)
     large = Llama.load(args.model, dtype, device, packed=False)
+    yield bench.machine(large)
     texts = read_texts(args.texts, large.config)
     if len(texts) <= HELD:
         raise files.InputError(f"{args.texts} has {len(texts)} texts; more than {HELD} are needed")
@@ -122,10 +129,14 @@ def main():
                   lambda: agreement(small, large, texts[:HELD], targets[:HELD]), RATES)
     write_config(small.config, args.model, args.out)
     files.write_tensors(small.named_weights(), args.out / "model.safetensors", {"format": "pt"})
-    size = sum(p.numel() for p in small.parameters())
-    rows = [{"step": step, "loss": loss} | shares | {"seconds": seconds}
-            for step, loss, shares, seconds in curve]
-    files.tell([f"{args.out}: {size / 1e6:.1f} M parameters.", *rows], args.json)
+    yield f"{args.out}: {sum(p.numel() for p in small.parameters()) / 1e6:.1f} M parameters."
+    for step, loss, shares, seconds in curve:
+        yield {"step": step, "loss": loss} | shares | {"seconds": seconds}
+
+
+def main():
+    args = parse()
+    files.tell(distilled(args), args.json)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main():
     files.check_writable(args.out)
     model = Llama.load(args.model, DTYPES.get(args.dtype), files.device_named(args.device))
     tokenizer = files.load_tokenizer(args.model, model.config.vocab_size)
-    lookahead = load_lookahead(args.lookahead, model, None, tokenizer)
+    lookahead = load_lookahead(args.lookahead, model, tokenizer=tokenizer)
     result = generate(model, [tokenizer.encode(args.prompt)], "pass", Params(args.temperature),
                       args.max_new_tokens, args.seed, lookahead=lookahead)
     stream, pieces = tokenizer.stream(), [(args.prompt, "prompt")]

@@ -1,4 +1,4 @@
-"""RESULTS.md, and the table of README.md, from demo/results. No figure on them is typed.
+"""The tables of RESULTS.md and README.md, from demo/results: no figure in them is typed.
 
     python demo/page.py              # needs matplotlib, see requirements-bench.txt
     python demo/page.py --check      # only whether the tables are those of the files
@@ -142,7 +142,7 @@ def trainings(model):
 
 
 def training(model, temperatures):
-    """Accepted drafts at the end; minutes as if all parts had been as fast as the median one."""
+    """Accepted drafts at the end; and minutes, as if each part had taken the median one's time."""
     heads = ["trained", *(f"accepted at {t}" for t in temperatures), "minutes"]
     rows = []
     for label, lines in trainings(model).items():
@@ -179,6 +179,8 @@ def save(drawing, axes, name):
 
 def draw_training(name):
     """Expected accepted drafts over steps, a line per training, a panel per temperature."""
+    if not trainings(name):
+        return
     drawing, axes = figure(2)
     for axis, temperature in zip(axes, ("0.0", "1.0")):
         for label, lines in trainings(name).items():

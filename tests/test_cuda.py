@@ -81,7 +81,7 @@ def test_trains_and_drafts(dtype, folder, data, tmp_path, capsys):
         code, out, err = run_main(
             pass_sampler, capsys, "--model", folder, "--lookahead", tmp_path / "file",
             "--device", "cuda", "--dtype", dtype, "--method", method)
-        assert code == 0 and err.startswith(method), err
+        assert code == 0 and err.startswith(f"method {method} "), err
 
 
 def test_cost_is_that_of_recorded_passes(folder, capsys):

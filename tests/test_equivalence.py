@@ -147,6 +147,18 @@ def test_every_method_is_exact(method):
     check_exact(REAL, method, (1.0,), ("memory", "head"), "0" if method == "tree" else 1, steps=2)
 
 
+def test_random_lookaheads_are_of_use():
+    """The checks above would be idle if drafts were never, or always, accepted."""
+    model = tiny(3, seed=3)
+    judge = naive.Model(model, random_lookahead(model, 2))
+    shares = []
+    for x in range(3):
+        p = naive.probs(judge.next_logits([2, 0, 1, x]))
+        q = naive.probs(judge.draft_logits([2, 0, 1], [x]))
+        shares.append(sum(map(min, p, q)))
+    assert sum(0.1 < share < 0.9 for share in shares) >= 2, shares
+
+
 def test_every_parameter_is_tried():
     """In PARAMS and in SETTINGS, at a value that is not its default."""
     for name, default in asdict(Params(1)).items():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import files
 import pass_sampler
 import train_lookahead
 from common import ROOT, run_main
@@ -40,7 +41,8 @@ def refused(capsys, *words):
     (["--model", "nowhere"], "no model folder nowhere"),
     (["--temperature", "nan"], "temperature and top-k must be"),
     (["--temperature", "inf"], "temperature and top-k must be"),
-    (["--top-k", "-1"], "temperature and top-k must be"), (["--top-p", "0"], "top-p above 0"),
+    (["--top-k", "-1"], "temperature and top-k must be"),
+    (["--top-k", "5"], "need a --temperature above 0"), (["--top-p", "0"], "top-p above 0"),
     (["--max-new-tokens", "0"], "at least one"), (["--samples", 10**8], "samples must be 1 to"),
     (["--seed", 2**64], "seed must be"), (["--seed", -1], "seed must be"),
     (["--seed", 1732600000000000000], "seed must be"), (["--length", 10**10], "length must be"),
@@ -111,6 +113,7 @@ def test_random_damage(folder, tmp_path):
     {"weight_map": {"a": "."}}], ids=str)
 def test_bad_indices(index, copy, capsys):
     (copy / "model.safetensors").unlink()
+    assert "model.safetensors" in refused(capsys, "--model", copy)
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(capsys, "--model", copy)
 
@@ -171,6 +174,14 @@ def test_full_disk(folder, data, tmp_path):
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_only_a_lack_of_memory_is_called_one():
+    for said in ("CUDA out of memory. Tried to allocate 9 GiB", "Storage size calculation overflowed",
+                 "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"):
+        assert files.MEMORY.search(said)
+    for said in ("an illegal memory access was encountered", "refers to a single memory location"):
+        assert not files.MEMORY.search(said)
 
 
 def test_read_only_folder(folder, data, tmp_path, capsys, monkeypatch):

@@ -206,6 +206,8 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(folder, data, tmp_path, ca
     assert code == 2 and "parts.checkpoint is there: give --resume" in err
     code, out, err = train(capsys, folder, data, parts, "--steps", 8, "--resume")
     assert code == 0 and "8 steps" in out and "going on from step 3" in err
+    code, out, err = train(capsys, folder, data, parts, "--steps", 8, "--resume")
+    assert code == 2 and "there is nothing to resume" in err
     assert whole.read_bytes() == parts.read_bytes()
     lines = [[json.loads(line) | {"seconds": 0} for line in open(f"{path}.jsonl")]
              for path in (whole, parts)]
