@@ -85,7 +85,7 @@ def against_first(decoders, units, args, what):
     plain, rows = next(iter(seconds.values())), {}
     for name, taken in seconds.items():
         middle, low, high = interval(plain / taken)
-        known = None not in per_pass[name]  # not of peers
+        known = None not in per_pass[name]  # not peers
         rows[name] = {"tokens per pass": statistics.mean(per_pass[name][1:]) if known else "",
                       "tokens/s": 1 / taken.quantile(0.5).item(),
                       "times as fast": middle, "from": low, "to": high}
@@ -138,7 +138,7 @@ def described(args, model, prompts):
 
 def decoder(args, model, tokenizer, spec, params, rows, context, stop_tokens=()):
     """A name, and a function(prompts, seed) -> result. spec: METHOD[:FILE][=SHAPE]. By default no
-    token ends a text: texts of unequal length do not compare."""
+    token ends a text: unequal lengths do not compare."""
     head, _, shape = spec.partition("=")
     method, _, file = head.partition(":")
     known, options, number = options_of(method), {}, None
@@ -149,8 +149,7 @@ def decoder(args, model, tokenizer, spec, params, rows, context, stop_tokens=())
     elif shape:
         number = int(shape)
     if file or "lookahead" in known:
-        options["lookahead"] = load_lookahead(
-            file or args.lookahead, model, number, tokenizer)
+        options["lookahead"] = load_lookahead(file or args.lookahead, model, number, tokenizer)
     elif number is not None:
         options["length"] = number
     if "draft_model" in known and args.draft_model:
@@ -427,17 +426,17 @@ def parse():
     parser.set_defaults(rows=[1], methods=[], draft_model=None)
     args = parser.parse_args()
     files.check_seed(args.seed)
-    for name in ("count", "new_tokens", "rows", "rounds", "samples", "columns"):
+    largest = dict(count=2**16, new_tokens=2**20, rows=2**12, rounds=2**12, samples=2**12,
+                   columns=2**10)
+    for name, most in largest.items():
         values = getattr(args, name, 1)
         for value in values if isinstance(values, list) else [values]:
-            files.check_number(f"--{name.replace('_', '-')}", value, 2**16)
+            files.check_number(f"--{name.replace('_', '-')}", value, most)
     drafted = args.function is memory or any(m.startswith("draft-model") for m in args.methods)
     if args.draft_model and not drafted:
         raise InputError("--draft-model has no effect without the method draft-model")
     if args.function is cost and (args.model is None) == (args.shape is None):
         raise InputError("give --model DIR or --shape")
-    if args.json:
-        files.check_writable(args.json)
     return args
 
 

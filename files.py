@@ -594,7 +594,10 @@ def commit():
 
 
 def tell(parts, path):
-    """Print paragraphs (str) and rows of tables (dict) as they come; keep them in a JSON file."""
+    """Print paragraphs (str) and rows of tables (dict) as they come; keep them in a JSON file, if
+    path names one. That it can be written is checked before the first part is made."""
+    if path:
+        check_writable(path)
     text, rows, columns, of_code = [], [], None, commit()
     for part in parts:
         if isinstance(part, str):
@@ -627,8 +630,9 @@ def peak_memory(device, work):
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(word))
 
     try:
-        if hasattr(ctypes.CDLL(None), "malloc_trim"):
-            ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)  # gives back what was freed
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
         before = held("VmRSS")
         work()

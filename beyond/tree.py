@@ -219,11 +219,11 @@ def choose(model, lookahead, temperature, rows=1, graph=True):
     for columns in COLUMNS:
         paths, tokens = best_of(by_rank, columns)
         expected[" ".join(paths)] = tokens
+    params = Params(temperature)
     samplers, seconds = {}, {name: [] for name in expected}
     for name in expected:
         words = {"lookahead": lookahead, "tree": name} if name else {}
         method = "tree" if name else "autoregressive"
-        params = Params(temperature)
         samplers[name] = Sampler(model, method, params, rows, 160, graph, **words)
         samplers[name].generate([[0]] * rows, 8, stop_tokens=())
     for _ in range(5):

@@ -145,8 +145,6 @@ def parse():
     files.check_seed(args.seed)
     for name in ("problems", "samples", "new_tokens"):
         files.check_number(f"--{name.replace('_', '-')}", getattr(args, name), 2**12)
-    if args.json:
-        files.check_writable(args.json)
     if not args.execute:
         raise InputError("this runs programs that the model wrote: allow it with --execute")
     return args

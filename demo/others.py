@@ -29,8 +29,9 @@ def others(folder, device, gguf):
     for path in gguf:
         if not path.is_file():
             raise InputError(f"--gguf {path} does not exist; demo/to_gguf.py makes it")
-        engine = extra("llama_cpp", "make llama").Llama(str(path), n_ctx=2048, verbose=False,
-                                          n_threads=torch.get_num_threads())
+        llama_cpp = extra("llama_cpp", "make llama")
+        engine = llama_cpp.Llama(str(path), n_ctx=2048, verbose=False,
+                                 n_threads=torch.get_num_threads())
         found[f"llama.cpp, {path.stem}"] = partial(of_llama_cpp, engine)
     return found
 

@@ -179,11 +179,12 @@ def save(drawing, axes, name):
 
 def draw_training(name):
     """Expected accepted drafts over steps, a line per training, a panel per temperature."""
-    if not trainings(name):
+    lines_of = trainings(name)
+    if not lines_of:
         return
     drawing, axes = figure(2)
     for axis, temperature in zip(axes, ("0.0", "1.0")):
-        for label, lines in trainings(name).items():
+        for label, lines in lines_of.items():
             expected = [line["acceptance"][temperature]["expected"] for line in lines]
             axis.plot([line["step"] for line in lines], expected, label=label)
         axis.set(title=f"temperature {float(temperature):g}", xlabel="steps")
