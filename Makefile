@@ -33,27 +33,30 @@ PAPER = pass:unk pass:demo/smollm2-paper.safetensors
 SPEED = speed $(SMOLLM2) --count 6 --temperatures 0 1 \
 	--methods $(PAPER) pass=3 pass fused=1 "tree=0 1"
 
-bench: .venv/bench models/smollm2/model.safetensors  ## the tables of demo/RESULTS.md
+bench: .venv/bench models/smollm2/model.safetensors  ## what was measured anew: half an hour
 	$(call measure,smollm2-cost,cost --model models/smollm2)
-	$(call measure,smollm2-cost-bfloat16,cost --model models/smollm2 --dtype bfloat16)
 	$(call measure,demo-cost,cost --model demo/model)
 	$(call measure,smollm2-acceptance,acceptance $(SMOLLM2) --count 10 --positions 0 900 2900)
 	$(call measure,smollm2-speed,$(SPEED))
-	$(call measure,smollm2-speed-again,$(SPEED))
 	$(call measure,demo-speed,speed $(OWN) $(PROMPTS) --count 6 \
 		--methods pass:demo/model/paper.safetensors pass fused=1)
-	$(call measure,smollm2-rows,speed $(SMOLLM2) --kinds code --count 16 --new-tokens 32 \
-		--temperatures 0 --rows 1 2 4 8 16)
 	$(call measure,smollm2-length,length $(SMOLLM2) --kinds code --count 6 --temperatures 0 1 \
 		--rounds 2)
 	$(call measure,smollm2-memory,memory $(SMOLLM2))
-	$(call measure,smollm2-quality,quality $(SMOLLM2) --count 10 --temperatures 0.6 1)
 	$(call measure,smollm2-peers,$(PEERS))
 	.venv/bin/python demo/page.py
 
-humaneval: .venv/bench models/smollm2/model.safetensors  ## 41 problems of HumanEval: an hour
+bench-long: .venv/bench models/smollm2/model.safetensors  ## the rest of it: two hours, 20 GB
+	$(call measure,smollm2-cost-bfloat16,cost --model models/smollm2 --dtype bfloat16)
+	$(call measure,cost-7b,cost --shape 7b --rounds 5)
+	$(call measure,smollm2-speed-again,$(SPEED))
+	$(call measure,smollm2-rows,speed $(SMOLLM2) --kinds code --count 16 --new-tokens 32 \
+		--temperatures 0 --rows 1 2 4 8 16)
+	$(call measure,smollm2-quality,quality $(SMOLLM2) --count 20 --samples 24 \
+		--temperatures 0.6 1)
 	.venv/bin/python demo/humaneval.py $(SMOLLM2) --methods pass=3 fused=1 --problems 41 \
 		--execute --json $(OUT)/smollm2-humaneval.json
+	.venv/bin/python demo/page.py
 
 PEERS = peers $(SMOLLM2) --kinds code --count 6 --temperatures 0 --rounds 2
 GGUF = models/smollm2/f16.gguf models/smollm2/q8_0.gguf
@@ -100,4 +103,4 @@ models/smollm2/model.safetensors: demo/smollm2.py | .venv/extras
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
 
-.PHONY: bench bench-gpu demo help humaneval llama mutants smollm2 soak test
+.PHONY: bench bench-gpu bench-long demo help llama mutants smollm2 soak test

@@ -15,6 +15,7 @@ pass:FILE=2, "tree=0 1 00", tree=auto, draft-model=4. Read `interleaved`, `inter
 import argparse
 import itertools
 import platform
+import re
 import statistics
 import time
 from functools import partial
@@ -116,19 +117,6 @@ def load(args):
     return model, files.load_tokenizer(args.model, model.config.vocab_size)
 
 
-def read_prompts(args, model, tokenizer):
-    """{kind: prompts, as lists of token ids} of args.prompts."""
-    texts, prompts = files.read_json(args.prompts), {}
-    for kind in args.kinds or texts:
-        some = texts.get(kind)
-        if not isinstance(some, list) or not all(isinstance(text, str) for text in some):
-            raise InputError(f"{args.prompts} must hold {{kind: [text, ..]}}, and has no such "
-                             f"{kind!r}")
-        prompts[kind] = [tokenizer.encode(text) for text in some[:args.count]]
-        files.check_prompts(prompts[kind], args.new_tokens, model.config)
-    return prompts
-
-
 def described(args, model, prompts):
     lengths = [len(prompt) for some in prompts.values() for prompt in some]
     return (f"{machine(model)}. {len(lengths)} held-out prompts of {min(lengths)} to "
@@ -168,7 +156,7 @@ def decoder(args, model, tokenizer, spec, params, rows, context, stop_tokens=())
 def compared(args, model, tokenizer, methods, peers=None):
     """Paragraphs and rows: for each text, number of rows, temperature and top-k, the methods that
     methods(temperature) names, and peers {name: f(new_tokens, params, prompts, seed)}."""
-    prompts = read_prompts(args, model, tokenizer)
+    prompts = files.read_prompts(args, tokenizer, model.config)
     yield described(args, model, prompts)
     yield (f"Times as fast: time per token of the first method by that of this, prefill apart, "
            f"median over prompts and {args.rounds} rounds; from, to: its 95 % interval.")
@@ -263,10 +251,14 @@ def acceptance(args):
     """How often a draft is accepted, on texts that the model writes after the prompts."""
     model, tokenizer = load(args)
     lookahead = load_lookahead(args.lookahead, model, tokenizer=tokenizer)
-    prompts, L = read_prompts(args, model, tokenizer), len(lookahead.embeddings)
+    prompts = files.read_prompts(args, tokenizer, model.config)
+    L = len(lookahead.embeddings)
     shortest = min(len(prompt) for some in prompts.values() for prompt in some)
     if shortest < PROMPT or args.new_tokens <= L:
         raise InputError(f"prompts must have {PROMPT} tokens, new ones be more than the {L} drafts")
+    last = model.config.context - PROMPT - args.new_tokens
+    if not all(0 <= start <= last for start in args.positions):
+        raise InputError(f"--positions must be 0 to {last}")
     yield described(args, model, prompts)
     yield (f"Of prompts the last {PROMPT} tokens. One of k: the probability that one of k "
            f"candidates is accepted; of the chain: accepted drafts per step.")
@@ -321,11 +313,13 @@ def memory(args):
     for name, size in sizes.items():
         share = 100 * size / sizes["the model"]
         yield {"part": name, "parameters": size, "MB": size * 2 / 1e6, "%": share}
+    context = min(1024, model.config.context)
+    files.check_number("--new-tokens", args.new_tokens, context - 1)
     yield (f"Measured: what the process (on a GPU, the device) held at most beyond what it held "
-           f"before, while {args.new_tokens} tokens were decoded in a context of 1,024.")
+           f"before, while {args.new_tokens} tokens were decoded in a context of {context:,}.")
     for name in ["autoregressive", *args.methods]:
         def work():
-            decoder(args, model, tokenizer, name, Params(), 1, 1024)[1]([[1]], 0)
+            decoder(args, model, tokenizer, name, Params(), 1, context)[1]([[1]], 0)
         yield {"method": name, "MB more": files.peak_memory(model.embedding.device, work) / 1e6}
 
 
@@ -336,7 +330,7 @@ def quality(args):
     if args.samples < 2:
         raise InputError("--samples must be 2 or more: power needs a variance")
     model, tokenizer = load(args)
-    prompts = read_prompts(args, model, tokenizer)
+    prompts = files.read_prompts(args, tokenizer, model.config)
     yield f"{described(args, model, prompts)} {args.samples} samples of each."
     yield ("log p: mean log probability of a token under the model; pairs: share of neighbouring "
            "pairs of tokens that are distinct. Of an exact method one p-value in twenty is below "
@@ -423,7 +417,7 @@ def parse():
             sub.add_argument(f"--{name}", **OPTIONS[name])
         if function is cost:
             sub.set_defaults(rounds=25)  # of one unit: the bootstrap has nothing else to draw from
-    parser.set_defaults(rows=[1], methods=[], draft_model=None)
+    parser.set_defaults(rows=[1], methods=[], draft_model=None, temperatures=[0], top_k=[0])
     args = parser.parse_args()
     files.check_seed(args.seed)
     largest = dict(count=2**16, new_tokens=2**20, rows=2**12, rounds=2**12, samples=2**12,
@@ -432,12 +426,21 @@ def parse():
         values = getattr(args, name, 1)
         for value in values if isinstance(values, list) else [values]:
             files.check_number(f"--{name.replace('_', '-')}", value, most)
-    drafted = args.function is memory or any(m.startswith("draft-model") for m in args.methods)
-    if args.draft_model and not drafted:
-        raise InputError("--draft-model has no effect without the method draft-model")
+    check_methods(args)
     if args.function is cost and (args.model is None) == (args.shape is None):
         raise InputError("give --model DIR or --shape")
     return args
+
+
+def check_methods(args):
+    """Raise InputError now, not after half of the work."""
+    methods = [re.split("[:=]", spec)[0] for spec in args.methods]
+    for method in methods:
+        options_of(method)
+    if ("draft-model" in methods) != bool(args.draft_model):
+        raise InputError("--draft-model DIR and the method draft-model need each other")
+    for t, k in itertools.product(args.temperatures, args.top_k):
+        Params(t, k)
 
 
 def main():

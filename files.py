@@ -145,7 +145,11 @@ def weight_files(folder):
 
 def check_writable(path):
     """Raise InputError now where a file could not be written later, when the work is done."""
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
+    try:
+        folder = path.resolve().parent if path.is_symlink() else path.parent
+    except RuntimeError:  # symlinks in a circle
+        folder = path
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
         raise InputError(f"cannot write {path}: its folder must exist and be writable, and it must "
                          f"not be a folder itself")
 
@@ -169,8 +173,9 @@ def write_file(path, save):
         temporary.chmod(mode)  # safetensors' own files are for their owner only
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_tensors(tensors, path, metadata=None):
@@ -235,6 +240,23 @@ def is_piped(stream):
         return False
 
 
+def read_prompts(args, tokenizer, config):
+    """{kind: prompts, as lists of token ids} of args.prompts, a JSON file."""
+    texts, prompts = read_json(args.prompts), {}
+    for kind in args.kinds or texts or ["code"]:
+        some = texts.get(kind)
+        if not isinstance(some, list) or not all(isinstance(text, str) for text in some):
+            raise InputError(f"{args.prompts} must hold {{kind: [text, ..]}}, and has no such "
+                             f"{kind!r}")
+        prompts[kind] = [tokenizer.encode(text) for text in some[:args.count]]
+        check_prompts(prompts[kind], args.new_tokens, config)
+        longest = max(map(len, prompts[kind]))
+        if longest + args.new_tokens > config.context:  # a text cut short would not compare
+            raise InputError(f"a prompt of {longest} tokens and {args.new_tokens} new ones are "
+                             f"more than the model's context of {config.context}")
+    return prompts
+
+
 def check_options(method, options, known):
     """Raise InputError for options that the method does not have or misses. known: its own, as
     {name: inspect.Parameter}."""
@@ -255,7 +277,7 @@ def check_prompts(prompts, max_new_tokens, config, rows=math.inf, context=math.i
     if len(prompts) > rows:
         raise InputError(f"{len(prompts)} prompts for a Sampler of {rows} rows")
     for prompt in prompts:
-        if not isinstance(prompt, list):
+        if not isinstance(prompt, list) or not all(isinstance(token, int) for token in prompt):
             raise InputError("prompts must be a list of lists of token ids")
         if not prompt:
             raise InputError("the prompt is empty; give at least one token")
@@ -417,9 +439,17 @@ class Tokenizer:
     """
 
     def __init__(self, encode, pieces, unk):
-        self.encode = encode
+        self.encode_text = encode
         self.pieces = pieces
         self.unk = unk
+
+    def encode(self, text):
+        """Token ids; raises InputError for what is no Unicode text, such as half a character."""
+        try:
+            text.encode()
+        except UnicodeError as error:
+            raise InputError(f"not a text: {error}") from None
+        return self.encode_text(text)
 
     def stream(self):
         """A function from the next token id to the text that became whole with it.
@@ -650,8 +680,10 @@ def split_files(paths, suffix):
     for path in paths:
         if not path.exists():
             raise InputError(f"--data {path} does not exist")
-        inside = path.rglob(f"*{suffix}") if path.is_dir() else [path]
-        found.update(file for file in inside if file.is_file())
+        inside = path.rglob("*") if path.is_dir() else [path]
+        for file in inside:
+            if file.is_file() and (file == path or file.name.endswith(suffix)):
+                found.add(file.resolve())
     if len(found) < 2:
         of = f" with suffix {suffix}" if suffix else ""
         raise InputError(f"--data has {len(found)} files{of}; at least 2 are needed, as one is "
@@ -684,9 +716,12 @@ def windows(tokens, n, length, generator):
     return tokens[starts + torch.arange(length)]
 
 
-def digest(tokens):
-    """Names a tensor by what is in it."""
-    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+def digest(model, *tensors):
+    """Names tensors by what is in them, and a model by the first row of each weight."""
+    found = hashlib.sha256()
+    for tensor in (*tensors, *(weight.detach()[:1].cpu() for weight in model.parameters())):
+        found.update(tensor.contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 def write_checkpoint(path, state, tensors, moments):
@@ -704,6 +739,8 @@ def read_checkpoint(path, settings, tensors, moments):
         try:
             state = json.loads(file.metadata()["state"])
             made_with = dict(state["settings"])
+            if {key.partition("/")[0] for key in file.keys()} != set(tensors):
+                raise ValueError("its tensors are others")
         except (ValueError, TypeError, KeyError):
             raise InputError(f"{path} is no checkpoint, or damaged: remove it to begin anew"
                              ) from None
@@ -785,7 +822,7 @@ def read_lookahead(path, model, length=None, tokenizer=None):
         raise InputError(f"{path} is no look-ahead file: its tensors, such as "
                          f"{', '.join([*tensors][:4])}, are not {', '.join(shapes)}")
     for name, tensor in tensors.items():
-        fits = sizes[name] == shapes[name] and tensor.is_floating_point()
+        fits = sizes[name] == shapes[name] and tensor.dtype in DTYPES.values()
         if not fits or not tensor.isfinite().all():
             raise InputError(f"{path}: {name} must be finite floats of shape {shapes[name]}, not "
                              f"{tensor.dtype} {sizes[name]}: damaged, or for another model?")

@@ -250,14 +250,14 @@ class Sampler:
     has ended, which commits nothing.
     """
 
-    def __init__(self, model, method="pass", params=Params(), rows=1, context=None, graph=True,
-                 **options):
-        """rows: prompts at once, at most. context: tokens of prompt and text (None: as the model's;
+    def __init__(self, model, method="pass", params=Params(), rows=1, context=math.inf,
+                 graph=True, **options):
+        """rows: prompts at once, at most. context: tokens of prompt and text (at most the model's;
         a GPU reads as many slots per step). graph: whether a GPU records the step."""
         files.check_options(method, options, options_of(method))
         device = model.embedding.device
         self.model, self.name, self.params, self.rows = model, method, params, rows
-        self.context = min(context or model.config.context, model.config.context)
+        self.context = min(context, model.config.context)
         self.caches, self.buffers = [], []
         self.x = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.alive = torch.zeros(rows, dtype=torch.long, device=device)
@@ -283,7 +283,8 @@ class Sampler:
         return self.buffers[-1]
 
     def probs(self, logits):
-        """The target's p (B,T,V). Here alone logits that are not finite are noted."""
+        """The target's p (B,T,V). Notes logits that are not finite, those of rejected drafts too.
+        """
         self.finite &= logits.amax(-1).isfinite().all(1)
         return probs(logits, self.params)
 
@@ -299,6 +300,8 @@ class Sampler:
             buffer.zero_()
         width = max(1, PREFILL // self.rows)
         for model, cache in self.caches:
+            if self.result is not None:  # used: unseen slots weigh 0, but 0 * NaN is NaN
+                cache.kv.nan_to_num_(0, 0, 0)
             cache.length.zero_()
             for start in range(0, tokens.shape[1] - 1, width):
                 block = tokens[:, start:-1][:, :width]
@@ -358,8 +361,6 @@ class Sampler:
                 if ending[row]:
                     continue
                 if not finite:
-                    for _, cache in self.caches:
-                        cache.kv.nan_to_num_(0, 0, 0)  # or the next prompts would meet them
                     raise InputError(f"the logits are not finite, in {self.model.precision}: try "
                                      f"--dtype float32, or no --lookahead")
                 first = len(tokens) - 1 - self.method.drafts  # where d_1 stands in tokens

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import files
 from beyond.lookahead import LookaheadPlus, initial_head, initial_memory
-from beyond.own_texts import PROMPT, TEMPERATURES, TEXT, own_texts, read_texts
+from beyond.own_texts import (
+    PROMPT, TEMPERATURES, TEXT, check_context, own_texts, read_texts)
 from beyond.tree import cover
 from files import InputError
 from model import DTYPES, Cache, Llama
@@ -238,7 +239,7 @@ def train(args, model, pool, held):
     """Train, and write args.out. pool: as in `batches`; held (N,): to evaluate."""
     settings = {name: str(value) for name, value in vars(args).items() if name not in MOVABLE}
     settings["model"] = files.fingerprint(model.config)
-    settings["tokens"] = files.digest(pool)
+    settings["content"] = files.digest(model, pool, held)
     parts = initial(model, pool.flatten(), args)
     optimizer = torch.optim.Adam([{"params": [p], "name": name} for name, p in parts.items()])
     moments = {name: optimizer.state[p] for name, p in parts.items()}
@@ -335,9 +336,7 @@ def main():
         join_processes(args)
     device = files.device_named(args.device)
     model = Llama.load(args.model, DTYPES.get(args.dtype), device, packed=False)
-    if model.config.context < TEXT:
-        raise InputError(f"the model's context of {model.config.context} is shorter than the texts "
-                         f"of {TEXT}")
+    check_context(model)
     tokenizer = files.load_tokenizer(args.model, model.config.vocab_size)
     pool, held = files.read_data(tokenizer, args.data, args.suffix, TEXT)
     if args.texts:

@@ -41,6 +41,13 @@ def read_texts(path, config):
         return file.get_tensor("texts").long()
 
 
+def check_context(model):
+    """Raise InputError for a model that cannot read such texts."""
+    if model.config.context < TEXT:
+        raise InputError(f"the model's context of {model.config.context} is shorter than the texts "
+                         f"of {TEXT}")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,6 +64,7 @@ def main():
     files.check_writable(args.out)
     device = files.device_named(args.device)
     model = Llama.load(args.model, DTYPES.get(args.dtype), device, packed=False)
+    check_context(model)
     tokenizer = files.load_tokenizer(args.model, model.config.vocab_size)
     tokens, _ = files.read_data(tokenizer, args.data, args.suffix, TEXT)
     parts = []

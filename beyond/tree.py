@@ -161,14 +161,14 @@ COLUMNS = (4, 6, 9, 12, 16, 24, 32, 48, 64)  # sizes of the blocks that `choose`
 def cover(p, logits, params, generator, ranks):
     """(N,ranks): the probability that one of k drafts for a place is accepted, k = 1 .. ranks, if
     they are drawn from q without replacement, as `grow` does, but from all tokens and not from a
-    shortlist. It averages over u."""
+    shortlist. It averages over u, and draws what is refused: from norm(max(0, q - p))."""
     refused, accepted = torch.ones(len(p), device=p.device), []
     for _ in range(min(ranks, p.shape[1])):
         q = probs(logits, params)
         refused = refused * (1 - torch.minimum(p, q).sum(1))
         accepted.append(1 - refused)
         u = torch.rand(len(p), dtype=torch.float64, generator=generator, device=p.device)
-        logits = logits.scatter(1, draw(q, u)[:, None], -math.inf)
+        logits = logits.scatter(1, draw(residual(q, p), u)[:, None], -math.inf)
         p = residual(p, q)
     return torch.stack(accepted, 1)
 

@@ -92,6 +92,8 @@ def parse():
     args = parser.parse_args()
     files.check_seed(args.seed)
     files.check_number("steps", args.steps, 2**40)
+    if args.out.resolve() == args.model.resolve():
+        raise files.InputError("--out is the large model's folder: name another")
     return args
 
 
@@ -122,7 +124,7 @@ def distilled(args):
                         target.flatten(0, 1)).item()
 
     settings = {"steps": args.steps, "seed": args.seed, "dtype": str(dtype),
-                "model": files.fingerprint(large.config), "texts": files.digest(texts)}
+                "model": files.fingerprint(large.config), "content": files.digest(large, texts)}
     curve = train(small, args, settings, args.out / "checkpoint", add_gradients,
                   lambda: agreement(small, large, texts[:HELD], targets[:HELD]), RATES)
     write_config(small.config, args.model, args.out)

@@ -140,11 +140,12 @@ def parse():
     add("--samples", type=int, default=20, help="of each (default: 20)")
     add("--new-tokens", type=int, default=160, help="(default: 160)")
     add("--execute", action="store_true", help="run programs that the model wrote, shut in")
-    parser.set_defaults(temperatures=[0.2, 0.8])
+    parser.set_defaults(temperatures=[0.2, 0.8], top_k=[0])
     args = parser.parse_args()
     files.check_seed(args.seed)
     for name in ("problems", "samples", "new_tokens"):
         files.check_number(f"--{name.replace('_', '-')}", getattr(args, name), 2**12)
+    bench.check_methods(args)
     if not args.execute:
         raise InputError("this runs programs that the model wrote: allow it with --execute")
     return args

@@ -30,8 +30,11 @@ def others(folder, device, gguf):
         if not path.is_file():
             raise InputError(f"--gguf {path} does not exist; demo/to_gguf.py makes it")
         llama_cpp = extra("llama_cpp", "make llama")
-        engine = llama_cpp.Llama(str(path), n_ctx=2048, verbose=False,
-                                 n_threads=torch.get_num_threads())
+        try:
+            engine = llama_cpp.Llama(str(path), n_ctx=2048, verbose=False,
+                                     n_threads=torch.get_num_threads())
+        except ValueError as error:
+            raise InputError(f"cannot read {path}: {error}") from None
         found[f"llama.cpp, {path.stem}"] = partial(of_llama_cpp, engine)
     return found
 

@@ -38,6 +38,8 @@ def write(model, kind, path):
     c = model.config
     if c.rope["rope_type"] != "default":
         raise InputError(f"rotary scaling {c.rope['rope_type']} is not supported here")
+    if kind == "q8_0" and any(width % 32 for width in (c.dim, c.ffn_dim, c.n_heads * c.head_dim)):
+        raise InputError("q8_0 needs matrices whose rows are multiples of 32: take f16")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_vocab_size(c.vocab_size)
     writer.add_tokenizer_model("no_vocab")
@@ -47,6 +49,8 @@ def write(model, kind, path):
     writer.add_feed_forward_length(c.ffn_dim)
     writer.add_head_count(c.n_heads)
     writer.add_head_count_kv(c.n_kv_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
     writer.add_layer_norm_rms_eps(c.norm_eps)
     writer.add_rope_freq_base(c.rope_theta)
     writer.add_rope_dimension_count(c.head_dim)

@@ -20,12 +20,13 @@ import torch
 from common import planted
 from exact import check_exact
 from pass_sampler import Params
-from test_beyond import BOTH, test_groups, test_rule_for_trees, test_siblings
+from test_beyond import BOTH, test_cover, test_groups, test_rule_for_trees, test_siblings
 from test_equivalence import check_joint, test_probs, test_rule, test_zeros
 from test_model import test_model, test_types
-from test_sampler import test_ended_rows, test_freed, test_memory, test_recordable, test_stops
+from test_sampler import (
+    test_ended_rows, test_figures, test_freed, test_memory, test_recordable, test_stops)
 from test_bench import test_compared, test_interval
-from test_train import test_columns, test_expected, test_frozen, test_gradients
+from test_train import test_columns, test_evaluate, test_expected, test_frozen, test_gradients
 
 
 def exact_pass(code):
@@ -306,6 +307,27 @@ BUGS = {
         "a draft's own chance counted twice": ("draft j stands if those before it do",
             "F.pad(kept.clamp(max=1).view(-1, L), (1, -1), value=1)",
             "kept.clamp(max=1).view(-1, L)"),
+    },
+    test_evaluate: {
+        "acceptance measured at another temperature": ("a table says what is accepted at its own",
+            "params, measured = Params(temperature), []", "params, measured = Params(1), []"),
+        "acceptance measured at the first position": ("texts stand where they are said to",
+            "offset = torch.full((len(text),), position,", "offset = torch.full((len(text),), 0,"),
+    },
+    test_cover: {
+        "p not reduced for the second candidate": ("p <- norm(max(0, p - q)) after each sibling",
+            "logits.scatter(1, draw(residual(q, p), u)[:, None], -math.inf)\n"
+            "        p = residual(p, q)\n",
+            "logits.scatter(1, draw(residual(q, p), u)[:, None], -math.inf)\n"),
+        "a refused candidate comes again": ("siblings are drawn without replacement",
+            "logits = logits.scatter(1, draw(residual(q, p), u)[:, None], -math.inf)\n", "pass\n"),
+        "what is refused drawn from q": ("a refused draft follows norm(max(0, q - p))",
+            "draw(residual(q, p), u)[:, None]", "draw(q, u)[:, None]"),
+    },
+    test_figures: {
+        "a step that kept n drafts counted as one that kept more": (
+            "accepted_at_least[i] is the share of steps that kept i+1",
+            "a > i for a", "a >= i for a"),
     },
     test_columns: {
         "trained for the token before": ("LA_j is trained for x_{n+j+1}",

@@ -327,18 +327,25 @@ def test_human_eval(folder, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("words, says", [
     (["--methods", "magic"], "no method 'magic'"), (["--methods", "pass=0 1"], "must be a number"),
-    (["--methods", "draft-model"], "needs a draft_model"),
+    (["--methods", "pass", "draft-model"], "need each other"),
     (["--kinds", "verse"], "no such 'verse'"), (["--temperatures", "-1"], "temperature and"),
-    (["--methods", "autoregressive=2"], "no effect"), (["--draft-model", "x"], "no effect"),
+    (["--methods", "autoregressive=2"], "no effect"), (["--draft-model", "x"], "need each other"),
     (["--count", "0"], "--count must be 1"), (["--rows", "2", "0"], "--rows must be 1"),
     (["--json", "/nowhere/file"], "its folder must exist"),
+    (["--new-tokens", "999"], "more than the model's context"),
 ])
 def test_bad_input(words, says, call):
     assert says in call("speed", *words, ok=False)
 
 
+def test_positions_beyond_the_context(call):
+    for position in ("-1", "9999"):
+        assert "--positions must be 0 to" in call("acceptance", "--positions", position, ok=False)
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", '{"code": "text"}', '{"code": [1], "prose": []}',
-                                  '{"code": [], "prose": []}', "nonsense"])
+                                  '{"code": [], "prose": []}', "nonsense", "{}",
+                                  '{"code": ["\\ud800"], "prose": []}'])
 def test_bad_prompts(text, call, tmp_path):
     (tmp_path / "bad.json").write_text(text)
     assert call("speed", "--prompts", tmp_path / "bad.json", ok=False)

@@ -177,7 +177,8 @@ def test_full_disk(folder, data, tmp_path):
 
 
 def test_only_a_lack_of_memory_is_called_one():
-    for said in ("CUDA out of memory. Tried to allocate 9 GiB", "Storage size calculation overflowed",
+    for said in ("CUDA out of memory. Tried to allocate 9 GiB",
+                 "Storage size calculation overflowed",
                  "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"):
         assert files.MEMORY.search(said)
     for said in ("an illegal memory access was encountered", "refers to a single memory location"):

@@ -20,6 +20,7 @@ import beyond.own_texts
 import files
 import naive
 import train_lookahead
+from beyond.lookahead import initial_head, initial_memory
 from common import REAL, ROOT, random_lookahead, run_main, tiny
 from files import load_tokenizer
 from model import Cache, Config, Llama
@@ -106,6 +107,38 @@ def test_expected(code=REAL):
     after_x = both[::4, 0].diagonal() * (1 + after_y.view(4, 4).sum(1))
     weight = p[rows, 0, x] * p[rows, 1, y]
     torch.testing.assert_close((weight * chain).sum(), after_x.sum())
+
+
+def test_evaluate(code=REAL):
+    """At temperature 0 a draft is accepted where q and p have the same best token; with a memory,
+    that depends on the position."""
+    model, g = code.tiny(4, context=200), torch.Generator().manual_seed(0)
+    module, lookahead = code.train_lookahead, code.random_lookahead(model, 2)
+    text, tables = torch.randint(4, (6, module.PROMPT + 32), generator=g), []
+    for position in (0, 40):
+        table = module.evaluate(model, lookahead, {0.0: text, 1.0: text}, position)
+        places = torch.arange(module.PROMPT, text.shape[1] - 2, 6).expand(6, -1)
+        offset = torch.full((6,), position)
+        with torch.no_grad():
+            read = module.prefix(model, text, offset, 2 * places.shape[1])
+            h, target, _ = module.states(model, lookahead, text, places, offset, *read)
+        same = model.logits(h).argmax(-1) == model.logits(target).argmax(-1)
+        expected = same.double().view(-1, 2).mean(0).tolist()
+        assert table[0.0]["by_position"] == pytest.approx(expected, abs=1e-4), (
+            "what is measured at temperature 0 is not what greedy drafts would be accepted")
+        tables.append(table[1.0]["by_position"])
+    assert tables[0] != tables[1], "the position of the first token is ignored"
+
+
+def test_what_training_begins_with():
+    """Keys of the memory are not rotated: one token has the same in every slot of the first layer.
+    A new head corrects nothing. The rate rises for ten steps, and falls to 0."""
+    model, g = tiny(30), torch.Generator().manual_seed(0)
+    keys = initial_memory(model, torch.tensor([[5, 7, 5]]))[0, 0]
+    assert torch.allclose(keys[0], keys[2]) and not torch.allclose(keys[0], keys[1])
+    assert not initial_head(model, 4, g)["head_out"].any()
+    rates = [train_lookahead.rate(step, 100) for step in (0, 4, 10, 50, 100)]
+    assert rates == pytest.approx([0.1, 0.498, 0.976, 0.5, 0], abs=1e-3)
 
 
 def test_positions_may_be_shifted_together():
@@ -195,6 +228,9 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(folder, data, tmp_path, ca
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     code, _, err = train(capsys, folder, data, whole, "--steps", 8, "--resume")
     assert code == 0 and "going on from step 0" in err
+    shutil.copytree(data, tmp_path / "data")
+    held = files.split_files([data], "")[1][0]  # only what is measured on differs
+    (tmp_path / "data" / held.name).write_text(held.read_text() + "#")
     (tmp_path / "ordinary").touch()
     assert whole.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -204,6 +240,8 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(folder, data, tmp_path, ca
     assert killed.returncode == -signal.SIGKILL and not parts.exists()
     code, out, err = train(capsys, folder, data, parts, "--steps", 8)
     assert code == 2 and "parts.checkpoint is there: give --resume" in err
+    code, out, err = train(capsys, folder, tmp_path / "data", parts, "--steps", 8, "--resume")
+    assert code == 2 and "made with other settings (content" in err
     code, out, err = train(capsys, folder, data, parts, "--steps", 8, "--resume")
     assert code == 0 and "8 steps" in out and "going on from step 3" in err
     code, out, err = train(capsys, folder, data, parts, "--steps", 8, "--resume")
@@ -218,13 +256,19 @@ def test_texts_are_read_anew_and_places_used_once(monkeypatch):
     monkeypatch.setattr(train_lookahead, "READ_FOR", 3)
     pool = torch.randint(30, (900,), generator=torch.Generator().manual_seed(0))
     args = SimpleNamespace(length=2, batch=5, steps=6, seed=0, process=0, processes=1)
-    texts, places, *_ = zip(*train_lookahead.batches(tiny(30, context=200), pool, args, 0))
+    model = tiny(30, context=200)
+    texts, places, offsets, *_ = zip(*train_lookahead.batches(model, pool, args, 0))
+    offsets = torch.cat(offsets).tolist()
+    assert len(set(offsets)) > 5 and 0 <= min(offsets) <= max(offsets) < 200 - 128 - 2
     texts = [text.tolist() for text in texts]
     assert len(texts[0]) == 5
     assert texts[0] == texts[1] == texts[2] != texts[3] == texts[4] == texts[5]
     for row in torch.cat(places[:3], 1).tolist():
         assert len(set(row)) == 3 * train_lookahead.GROUPS
         assert 1 <= min(row) <= max(row) <= train_lookahead.TEXT - 1 - 2
+    whole = torch.arange(30)[:, None].expand(-1, train_lookahead.TEXT)  # each text of one token
+    texts = [text for text, *_ in train_lookahead.batches(model, whole, args, 0)]
+    assert len(torch.cat(texts)[:, 0].unique()) > 5
 
 
 def test_files_that_are_no_text_are_left_out(folder, data, tmp_path):
@@ -267,6 +311,9 @@ def test_two_processes_end_where_one_does(folder, data, tmp_path, capsys):
     for name in one:  # rounding, in bfloat16, is far from what other texts would have made
         rounding = (one[name] - two[name]).float().norm()
         assert rounding < 0.1 * (one[name] - other[name]).float().norm(), name
+    losses = [[json.loads(line)["loss"] for line in open(tmp_path / f"{name}.jsonl")][1:]
+              for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
 @pytest.mark.parametrize("change, says", [
