@@ -8,9 +8,10 @@
     python bench.py quality --model DIR --lookahead FILE     are the texts as good?
     python bench.py peers --model DIR --lookahead FILE       how fast are others, same weights?
 
---json FILE keeps the numbers and what they were measured on; `make bench` and `make bench-gpu` make
-the tables of demo/RESULTS.md. --methods takes METHOD[:LOOKAHEAD][=SHAPE], such as pass, fused=1,
-pass:FILE=2, "tree=0 1 00", tree=auto, draft-model=4. Read `interleaved`, `interval`, `compared`.
+--json FILE keeps the numbers and what they were measured on; `make bench`, bench-long, bench-gpu
+make the tables of demo/RESULTS.md. --methods takes METHOD[:LOOKAHEAD][=SHAPE], such as pass,
+fused=1, pass:FILE=2, "tree=0 1 00", tree=auto, draft-model=4.
+Read `interleaved`, `interval`, `compared`.
 """
 import argparse
 import itertools
@@ -300,6 +301,8 @@ def memory(args):
     """What a method adds to the model, and what is held at most."""
     model, tokenizer = load(args)
     lookahead = load_lookahead(args.lookahead, model, tokenizer=tokenizer)
+    context = min(1024, model.config.context)
+    files.check_number("--new-tokens", args.new_tokens, context - 1)
     sizes = {"the model": parameters(model)}
     for name, part in vars(lookahead).items():
         if torch.is_tensor(part):
@@ -313,8 +316,6 @@ def memory(args):
     for name, size in sizes.items():
         share = 100 * size / sizes["the model"]
         yield {"part": name, "parameters": size, "MB": size * 2 / 1e6, "%": share}
-    context = min(1024, model.config.context)
-    files.check_number("--new-tokens", args.new_tokens, context - 1)
     yield (f"Measured: what the process (on a GPU, the device) held at most beyond what it held "
            f"before, while {args.new_tokens} tokens were decoded in a context of {context:,}.")
     for name in ["autoregressive", *args.methods]:
@@ -433,7 +434,7 @@ def parse():
 
 
 def check_methods(args):
-    """Raise InputError now, not after half of the work."""
+    """Raise InputError now, not after half the work."""
     methods = [re.split("[:=]", spec)[0] for spec in args.methods]
     for method in methods:
         options_of(method)

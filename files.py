@@ -4,6 +4,7 @@ A reader of the method can skip this file. Bad input raises InputError, whose te
 names the cause and the remedy. Output is written whole or not at all.
 """
 import codecs
+import contextlib
 import ctypes
 import hashlib
 import importlib
@@ -145,11 +146,13 @@ def weight_files(folder):
 
 def check_writable(path):
     """Raise InputError now where a file could not be written later, when the work is done."""
-    try:
-        folder = path.resolve().parent if path.is_symlink() else path.parent
-    except RuntimeError:  # symlinks in a circle
-        folder = path
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
+    target = Path(os.path.realpath(path))  # what a symlink points to; itself where they circle
+    if path.exists() and not path.is_file():  # a device, a pipe, or a folder
+        possible = not path.is_dir() and os.access(path, os.W_OK)
+    else:
+        folder = target.parent
+        possible = folder.is_dir() and os.access(folder, os.W_OK) and not target.is_symlink()
+    if not possible:
         raise InputError(f"cannot write {path}: its folder must exist and be writable, and it must "
                          f"not be a folder itself")
 
@@ -174,8 +177,9 @@ def write_file(path, save):
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    finally:  # after Ctrl-C too
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_tensors(tensors, path, metadata=None):
@@ -243,7 +247,7 @@ def is_piped(stream):
 def read_prompts(args, tokenizer, config):
     """{kind: prompts, as lists of token ids} of args.prompts, a JSON file."""
     texts, prompts = read_json(args.prompts), {}
-    for kind in args.kinds or texts or ["code"]:
+    for kind in args.kinds or texts or ["code"]:  # of no kinds one is missed
         some = texts.get(kind)
         if not isinstance(some, list) or not all(isinstance(text, str) for text in some):
             raise InputError(f"{args.prompts} must hold {{kind: [text, ..]}}, and has no such "
@@ -439,7 +443,7 @@ class Tokenizer:
     """
 
     def __init__(self, encode, pieces, unk):
-        self.encode_text = encode
+        self.unchecked = encode
         self.pieces = pieces
         self.unk = unk
 
@@ -449,7 +453,7 @@ class Tokenizer:
             text.encode()
         except UnicodeError as error:
             raise InputError(f"not a text: {error}") from None
-        return self.encode_text(text)
+        return self.unchecked(text)
 
     def stream(self):
         """A function from the next token id to the text that became whole with it.
@@ -676,14 +680,15 @@ def peak_memory(device, work):
 def split_files(paths, suffix):
     """All files below paths, whole: (to train on, held out). Held out is the tenth whose names
     hash lowest."""
-    found = set()
+    found = {}
     for path in paths:
         if not path.exists():
             raise InputError(f"--data {path} does not exist")
         inside = path.rglob("*") if path.is_dir() else [path]
         for file in inside:
             if file.is_file() and (file == path or file.name.endswith(suffix)):
-                found.add(file.resolve())
+                found.setdefault(file.resolve(), file)  # each once, by whatever name
+    found = set(found.values())
     if len(found) < 2:
         of = f" with suffix {suffix}" if suffix else ""
         raise InputError(f"--data has {len(found)} files{of}; at least 2 are needed, as one is "
@@ -717,9 +722,10 @@ def windows(tokens, n, length, generator):
 
 
 def digest(model, *tensors):
-    """Names tensors by what is in them, and a model by the first row of each weight."""
+    """Names tensors by what is in them, and a model by where each weight begins."""
     found = hashlib.sha256()
     for tensor in (*tensors, *(weight.detach()[:1].cpu() for weight in model.parameters())):
+        found.update(repr(tensor.shape).encode())
         found.update(tensor.contiguous().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
 
@@ -739,8 +745,6 @@ def read_checkpoint(path, settings, tensors, moments):
         try:
             state = json.loads(file.metadata()["state"])
             made_with = dict(state["settings"])
-            if {key.partition("/")[0] for key in file.keys()} != set(tensors):
-                raise ValueError("its tensors are others")
         except (ValueError, TypeError, KeyError):
             raise InputError(f"{path} is no checkpoint, or damaged: remove it to begin anew"
                              ) from None
@@ -749,6 +753,8 @@ def read_checkpoint(path, settings, tensors, moments):
         if other:
             raise InputError(f"{path} was made with other settings ({', '.join(other)}): give "
                              f"those, or remove it to begin anew")
+        if {key.partition("/")[0] for key in file.keys()} != set(tensors):
+            raise InputError(f"{path} is damaged: remove it to begin anew")
         for key in file.keys():
             name, _, moment = key.partition("/")
             if moment:  # optimizers keep their count of steps on the CPU

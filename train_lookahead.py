@@ -239,7 +239,7 @@ def train(args, model, pool, held):
     """Train, and write args.out. pool: as in `batches`; held (N,): to evaluate."""
     settings = {name: str(value) for name, value in vars(args).items() if name not in MOVABLE}
     settings["model"] = files.fingerprint(model.config)
-    settings["content"] = files.digest(model, pool, held)
+    settings["data and weights"] = files.digest(model, pool, held)
     parts = initial(model, pool.flatten(), args)
     optimizer = torch.optim.Adam([{"params": [p], "name": name} for name, p in parts.items()])
     moments = {name: optimizer.state[p] for name, p in parts.items()}

@@ -161,7 +161,7 @@ COLUMNS = (4, 6, 9, 12, 16, 24, 32, 48, 64)  # sizes of the blocks that `choose`
 def cover(p, logits, params, generator, ranks):
     """(N,ranks): the probability that one of k drafts for a place is accepted, k = 1 .. ranks, if
     they are drawn from q without replacement, as `grow` does, but from all tokens and not from a
-    shortlist. It averages over u, and draws what is refused: from norm(max(0, q - p))."""
+    shortlist. It averages over who accepts, and draws what was refused: from residual(q, p)."""
     refused, accepted = torch.ones(len(p), device=p.device), []
     for _ in range(min(ranks, p.shape[1])):
         q = probs(logits, params)

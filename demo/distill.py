@@ -124,7 +124,8 @@ def distilled(args):
                         target.flatten(0, 1)).item()
 
     settings = {"steps": args.steps, "seed": args.seed, "dtype": str(dtype),
-                "model": files.fingerprint(large.config), "content": files.digest(large, texts)}
+                "model": files.fingerprint(large.config),
+                "data and weights": files.digest(large, texts)}
     curve = train(small, args, settings, args.out / "checkpoint", add_gradients,
                   lambda: agreement(small, large, texts[:HELD], targets[:HELD]), RATES)
     write_config(small.config, args.model, args.out)

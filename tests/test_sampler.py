@@ -109,8 +109,8 @@ def test_streamed_tokens_are_the_result():
 
 
 def test_figures(code=REAL):
-    """Counted again from which tokens were drafts. A step of `pass` ends with two that are none:
-    the token drawn last, and the next one that the model itself says."""
+    """Counted again from which tokens were drafts. A step of `pass` is a token of the
+    model's own, the drafts that were kept, and one more of its own."""
     llama, params = code.tiny(30, context=300), code.pass_sampler.Params(1)
     sampler = code.pass_sampler.Sampler(llama, "pass", params, 2, **options("pass", llama))
     result = sampler.generate([[1], [2] * 100], 400)

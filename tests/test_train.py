@@ -240,8 +240,10 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(folder, data, tmp_path, ca
     assert killed.returncode == -signal.SIGKILL and not parts.exists()
     code, out, err = train(capsys, folder, data, parts, "--steps", 8)
     assert code == 2 and "parts.checkpoint is there: give --resume" in err
+    code, out, err = train(capsys, folder, data, parts, "--steps", 8, "--resume", "--head", 8)
+    assert code == 2 and "made with other settings (head 4, now 8)" in err
     code, out, err = train(capsys, folder, tmp_path / "data", parts, "--steps", 8, "--resume")
-    assert code == 2 and "made with other settings (content" in err
+    assert code == 2 and "other settings (data and weights" in err
     code, out, err = train(capsys, folder, data, parts, "--steps", 8, "--resume")
     assert code == 0 and "8 steps" in out and "going on from step 3" in err
     code, out, err = train(capsys, folder, data, parts, "--steps", 8, "--resume")
@@ -259,7 +261,8 @@ def test_texts_are_read_anew_and_places_used_once(monkeypatch):
     model = tiny(30, context=200)
     texts, places, offsets, *_ = zip(*train_lookahead.batches(model, pool, args, 0))
     offsets = torch.cat(offsets).tolist()
-    assert len(set(offsets)) > 5 and 0 <= min(offsets) <= max(offsets) < 200 - 128 - 2
+    assert len(set(offsets)) > 5
+    assert 0 <= min(offsets) <= max(offsets) < 200 - train_lookahead.TEXT - 2
     texts = [text.tolist() for text in texts]
     assert len(texts[0]) == 5
     assert texts[0] == texts[1] == texts[2] != texts[3] == texts[4] == texts[5]
