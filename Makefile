@@ -54,7 +54,7 @@ bench-long: .venv/bench models/smollm2/model.safetensors  ## its other tables: t
 		--temperatures 0 --rows 1 2 4 8 16)
 	$(call measure,smollm2-quality,quality $(SMOLLM2) --count 20 --samples 24 \
 		--temperatures 0.6 1)
-	.venv/bin/python demo/humaneval.py $(SMOLLM2) --methods pass=3 fused=1 --problems 41 \
+	.venv/bin/python demo/humaneval.py $(SMOLLM2) --methods pass=3 fused=1 --problems 33 \
 		--execute --json $(OUT)/smollm2-humaneval.json
 	.venv/bin/python demo/page.py
 
