@@ -46,7 +46,7 @@ bench: .venv/bench models/smollm2/model.safetensors  ## the main tables of demo/
 	$(call measure,smollm2-peers,$(PEERS))
 	.venv/bin/python demo/page.py
 
-bench-long: .venv/bench models/smollm2/model.safetensors  ## its other tables: two hours, 20 GB of memory
+bench-long: .venv/bench models/smollm2/model.safetensors  ## its other tables: three hours, 20 GB of memory
 	$(call measure,smollm2-cost-bfloat16,cost --model models/smollm2 --dtype bfloat16)
 	$(call measure,cost-7b,cost --shape 7b --rounds 5)
 	$(call measure,smollm2-speed-again,$(SPEED))
