@@ -33,7 +33,7 @@ PAPER = pass:unk pass:demo/smollm2-paper.safetensors
 SPEED = speed $(SMOLLM2) --count 6 --temperatures 0 1 \
 	--methods $(PAPER) pass=3 pass fused=1 "tree=0 1"
 
-bench: .venv/bench models/smollm2/model.safetensors  ## the main tables of demo/RESULTS.md: half an hour
+bench: .venv/bench models/smollm2/model.safetensors  ## the main tables: half an hour
 	$(call measure,smollm2-cost,cost --model models/smollm2)
 	$(call measure,demo-cost,cost --model demo/model)
 	$(call measure,smollm2-acceptance,acceptance $(SMOLLM2) --count 10 --positions 0 900 2900)
@@ -46,7 +46,7 @@ bench: .venv/bench models/smollm2/model.safetensors  ## the main tables of demo/
 	$(call measure,smollm2-peers,$(PEERS))
 	.venv/bin/python demo/page.py
 
-bench-long: .venv/bench models/smollm2/model.safetensors  ## its other tables: three hours, 20 GB of memory
+bench-long: .venv/bench models/smollm2/model.safetensors  ## the others: three hours, 20 GB
 	$(call measure,smollm2-cost-bfloat16,cost --model models/smollm2 --dtype bfloat16)
 	$(call measure,cost-7b,cost --shape 7b --rounds 5)
 	$(call measure,smollm2-speed-again,$(SPEED))

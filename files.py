@@ -688,12 +688,11 @@ def split_files(paths, suffix):
         for file in inside:
             if file.is_file() and (file == path or file.name.endswith(suffix)):
                 found.setdefault(file.resolve(), file)  # each once, by whatever name
-    found = set(found.values())
     if len(found) < 2:
         of = f" with suffix {suffix}" if suffix else ""
         raise InputError(f"--data has {len(found)} files{of}; at least 2 are needed, as one is "
                          f"held out")
-    hashed = sorted(sorted(found), key=lambda f: hashlib.sha256(f.name.encode()).digest())
+    hashed = sorted(sorted(found.values()), key=lambda f: hashlib.sha256(f.name.encode()).digest())
     tenth = max(1, len(hashed) // 10)
     return sorted(hashed[tenth:]), sorted(hashed[:tenth])
 

@@ -141,7 +141,8 @@ def trainings(model):
 
 
 def training(model, temperatures):
-    """Accepted drafts at the end; and minutes, as if each part had been as quick as the quickest."""
+    """Accepted drafts at the end; and minutes, as if each part had been as quick as the quickest.
+    """
     heads = ["trained", *(f"accepted at {t}" for t in temperatures), "minutes"]
     rows = []
     for label, lines in trainings(model).items():
