@@ -42,11 +42,13 @@ bench: .venv/bench models/smollm2/model.safetensors  ## the main tables: half an
 		--methods pass:demo/model/paper.safetensors pass fused=1)
 	$(call measure,smollm2-length,length $(SMOLLM2) --kinds code --count 6 --temperatures 0 1 \
 		--rounds 2)
+	$(call measure,smollm2-paper-length,speed $(SMOLLM2) --kinds code --count 6 \
+		--temperatures 0 1 --rounds 2 --methods \
+		$(foreach L,1 2 3 4,pass:demo/smollm2-paper.safetensors=$(L)))
 	$(call measure,smollm2-memory,memory $(SMOLLM2))
-	$(call measure,smollm2-peers,$(PEERS))
 	.venv/bin/python demo/page.py
 
-bench-long: .venv/bench models/smollm2/model.safetensors  ## the others: three hours, 20 GB
+bench-long: .venv/bench models/smollm2/model.safetensors  ## the others: four hours, 20 GB
 	$(call measure,smollm2-cost-bfloat16,cost --model models/smollm2 --dtype bfloat16)
 	$(call measure,cost-7b,cost --shape 7b --rounds 5)
 	$(call measure,smollm2-speed-again,$(SPEED))
@@ -54,15 +56,18 @@ bench-long: .venv/bench models/smollm2/model.safetensors  ## the others: three h
 		--temperatures 0 --rows 1 2 4 8 16)
 	$(call measure,smollm2-quality,quality $(SMOLLM2) --count 20 --samples 24 \
 		--temperatures 0.6 1)
+	$(call measure,smollm2-quality-again,quality $(SMOLLM2) --count 20 --samples 24 \
+		--temperatures 0.6 1 --seed 1)
 	.venv/bin/python demo/humaneval.py $(SMOLLM2) --methods pass=3 fused=1 --problems 33 \
 		--execute --json $(OUT)/smollm2-humaneval.json
 	.venv/bin/python demo/page.py
 
-PEERS = peers $(SMOLLM2) --kinds code --count 6 --temperatures 0 --rounds 2
 GGUF = models/smollm2/f16.gguf models/smollm2/q8_0.gguf
-llama: .venv/bench $(GGUF)  ## llama.cpp among the peers: compiles it, half an hour
+peers: .venv/bench $(GGUF)  ## others, same weights: compiles llama.cpp, half an hour
 	.venv/bin/python -m pip install -q llama-cpp-python
-	$(call measure,smollm2-peers,$(PEERS) --gguf $(GGUF))
+	$(call measure,smollm2-peers,peers $(SMOLLM2) --kinds code --count 6 --temperatures 0 \
+		--rounds 2 --gguf $(GGUF))
+	.venv/bin/python demo/page.py
 
 # On a GPU; `make bench-gpu OUT=FOLDER` leaves the files elsewhere.
 WITH_GPU = --device cuda --new-tokens 128
@@ -103,4 +108,4 @@ models/smollm2/model.safetensors: demo/smollm2.py | .venv/extras
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
 
-.PHONY: bench bench-gpu bench-long demo help llama mutants smollm2 soak test
+.PHONY: bench bench-gpu bench-long demo help mutants peers smollm2 soak test

@@ -13,7 +13,6 @@ make the tables of demo/RESULTS.md. --methods takes METHOD[:LOOKAHEAD][=SHAPE], 
 fused=1, pass:FILE=2, "tree=0 1 00", tree=auto, draft-model=4.
 Read `interleaved`, `interval`, `compared`.
 """
-import argparse
 import itertools
 import platform
 import re
@@ -30,7 +29,7 @@ from beyond.draft_model import load_draft_model
 from beyond.own_texts import PROMPT, own_texts
 from beyond.tree import best_of, choose, table_for
 from files import InputError
-from model import DTYPES, Cache, Config, Llama, has_fbgemm, pack
+from model import DTYPES, Cache, Config, Llama, has_fbgemm, load_model, pack
 from pass_sampler import Params, Sampler, load_lookahead, options_of
 from train_lookahead import evaluate
 
@@ -113,11 +112,6 @@ def parameters(model):
     return sum(p.numel() for p in plain.parameters())
 
 
-def load(args):
-    model = Llama.load(args.model, DTYPES.get(args.dtype), files.device_named(args.device))
-    return model, files.load_tokenizer(args.model, model.config.vocab_size)
-
-
 def described(args, model, prompts):
     lengths = [len(prompt) for some in prompts.values() for prompt in some]
     return (f"{machine(model)}. {len(lengths)} held-out prompts of {min(lengths)} to "
@@ -181,7 +175,7 @@ def compared(args, model, tokenizer, methods, peers=None):
 @torch.inference_mode()
 def cost(args):
     """What a pass over T columns costs. The paper assumes: little more than over one."""
-    model = random_model(args) if args.shape else load(args)[0]
+    model = random_model(args) if args.shape else load_model(args)[0]
     columns = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
     contexts = [n for n in (128, 2048) if n + 64 <= model.config.context] or [1]
     yield f"{machine(model)}. Median and 95 % interval of {args.rounds} interleaved rounds."
@@ -250,7 +244,7 @@ def random_model(args):
 
 def acceptance(args):
     """How often a draft is accepted, on texts that the model writes after the prompts."""
-    model, tokenizer = load(args)
+    model, tokenizer = load_model(args)
     lookahead = load_lookahead(args.lookahead, model, tokenizer=tokenizer)
     prompts = files.read_prompts(args, tokenizer, model.config)
     L = len(lookahead.embeddings)
@@ -278,13 +272,13 @@ def acceptance(args):
 
 def speed(args):
     """How fast each method is, against plain decoding of the same prompts."""
-    yield from compared(args, *load(args), lambda temperature: args.methods)
+    yield from compared(args, *load_model(args), lambda temperature: args.methods)
 
 
 def length(args):
     """How many look-ahead tokens, and which tree: the best of so many columns, by the acceptance
     in the file."""
-    model, tokenizer = load(args)
+    model, tokenizer = load_model(args)
     lookahead = load_lookahead(args.lookahead, model, tokenizer=tokenizer)
 
     def methods(temperature):
@@ -299,7 +293,7 @@ def length(args):
 
 def memory(args):
     """What a method adds to the model, and what is held at most."""
-    model, tokenizer = load(args)
+    model, tokenizer = load_model(args)
     lookahead = load_lookahead(args.lookahead, model, tokenizer=tokenizer)
     context = min(1024, model.config.context)
     files.check_number("--new-tokens", args.new_tokens, context - 1)
@@ -330,7 +324,7 @@ def quality(args):
     from demo.samples import figures, power, two_sample
     if args.samples < 2:
         raise InputError("--samples must be 2 or more: power needs a variance")
-    model, tokenizer = load(args)
+    model, tokenizer = load_model(args)
     prompts = files.read_prompts(args, tokenizer, model.config)
     yield f"{described(args, model, prompts)} {args.samples} samples of each."
     yield ("log p: mean log probability of a token under the model; pairs: share of neighbouring "
@@ -339,9 +333,11 @@ def quality(args):
     for kind, t in itertools.product(prompts, args.temperatures):
         some, plain = prompts[kind], None
         context = max(map(len, some)) + args.new_tokens
-        for number, name in enumerate(["autoregressive", *args.methods]):
-            name, decode = decoder(
-                args, model, tokenizer, name, Params(t), args.samples, context, None)
+        decoders = []  # all of them now: what cannot be made is said before the work
+        for name in ["autoregressive", *args.methods]:
+            decoders.append(decoder(
+                args, model, tokenizer, name, Params(t), args.samples, context, None))
+        for number, (name, decode) in enumerate(decoders):
             judged = []
             for i in tqdm(range(len(some)), f"{name} at {t:g}", leave=False, disable=None):
                 seed = args.seed + 10_000 * number + i
@@ -363,7 +359,7 @@ def peers(args):
     from demo.others import others
     if args.new_tokens < 2:
         raise InputError("--new-tokens must be 2 or more: the first is the prefill's")
-    model, tokenizer = load(args)
+    model, tokenizer = load_model(args)
     theirs = others(args.model, model.embedding.device, args.gguf or ())
     yield from compared(args, model, tokenizer, lambda temperature: args.methods, theirs)
 
@@ -406,8 +402,7 @@ COMMANDS = {
 
 
 def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = files.new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for function, names in COMMANDS.items():
         about = " ".join(function.__doc__.split())

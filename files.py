@@ -3,6 +3,7 @@
 A reader of the method can skip this file. Bad input raises InputError, whose text is one line that
 names the cause and the remedy. Output is written whole or not at all.
 """
+import argparse
 import codecs
 import contextlib
 import ctypes
@@ -167,8 +168,9 @@ def write_file(path, save):
     try:
         if path.exists() and not path.is_file():
             with tempfile.TemporaryDirectory() as folder:
-                save(Path(folder) / path.name)
-                path.write_bytes((Path(folder) / path.name).read_bytes())
+                temporary = Path(folder) / path.name
+                save(temporary)
+                path.write_bytes(temporary.read_bytes())
             return
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -190,10 +192,17 @@ def write_tensors(tensors, path, metadata=None):
 
 # -------------------------- options, prompts, text, figures
 
+def new_parser(about):
+    """An ArgumentParser whose --help shows the head of a module as it stands."""
+    return argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def add_common(add, model_required=True):
     """The words that scripts share. add: parser.add_argument."""
     add("--model", type=Path, required=model_required, help="folder of a Hugging Face LLaMA")
-    add("--dtype", choices=DTYPES, help="of the weights (default: as in the folder)")
+    add("--dtype", choices=DTYPES,
+        help="of the weights (default: the folder's; on an x86 CPU float16 for bfloat16)")
     add("--device", help="cpu or cuda (default: a GPU, if there is one)")
     add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
 
@@ -247,7 +256,7 @@ def is_piped(stream):
 def read_prompts(args, tokenizer, config):
     """{kind: prompts, as lists of token ids} of args.prompts, a JSON file."""
     texts, prompts = read_json(args.prompts), {}
-    for kind in args.kinds or texts or ["code"]:  # of no kinds one is missed
+    for kind in args.kinds or texts or ["code"]:  # an empty file has no code
         some = texts.get(kind)
         if not isinstance(some, list) or not all(isinstance(text, str) for text in some):
             raise InputError(f"{args.prompts} must hold {{kind: [text, ..]}}, and has no such "

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import DTYPES, InputError, open_tensors, read_config, weight_files
+from files import (
+    DTYPES, InputError, device_named, load_tokenizer, open_tensors, read_config, weight_files)
 
 # -------------------------------------------- configuration
 
@@ -54,7 +55,7 @@ class Cache:
 
     `length` (B,) counts the committed columns per row, so rows of different lengths need no code of
     their own. `Llama.forward` writes its block after them and commits nothing: what `commit` does
-    not keep, the next block overwrites. So rejecting a draft costs nothing and cannot be forgotten.
+    not keep, no mask shows again. So rejecting a draft costs nothing and cannot be forgotten.
     """
 
     def __init__(self, model, rows, slots):
@@ -346,6 +347,12 @@ class Llama(nn.Module):
         if packed:
             pack(model)
         return model.requires_grad_(False)
+
+
+def load_model(args, packed=True):
+    """The model and the tokenizer that a command line names, see `files.add_common`."""
+    model = Llama.load(args.model, DTYPES.get(args.dtype), device_named(args.device), packed)
+    return model, load_tokenizer(args.model, model.config.vocab_size)
 
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights in files

@@ -8,7 +8,6 @@ makes drafts harmless (`verify`), then what is trained (`Lookahead`), then the m
 (`autoregressive`, `parallel`), then the loop that they share (`Sampler`). Read model.py before,
 train_lookahead.py after; beyond/ has what the paper lacks.
 """
-import argparse
 import importlib
 import inspect
 import math
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 
 import files
 from files import InputError
-from model import DTYPES, Cache, Llama
+from model import Cache, load_model
 
 # --------------------------------------- the rejection rule
 
@@ -319,7 +318,8 @@ class Sampler:
         that ever after."""
         self.u.uniform_(generator=self.generator)
         if self.records and self.result is not None and self.recorded is None:
-            start, graph = time.perf_counter(), torch.cuda.CUDAGraph()
+            start = time.perf_counter()
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):  # records, and runs nothing
                 self.result = self.advance()
             self.recorded = graph
@@ -342,7 +342,9 @@ class Sampler:
         """
         c = self.model.config
         files.check_prompts(prompts, max_new_tokens, c, self.rows, self.context)
-        start, steps, self.capture_seconds = time.perf_counter(), 0, 0.0
+        start = time.perf_counter()
+        steps = 0
+        self.capture_seconds = 0.0
         stops = c.stop_tokens if stop_tokens is None else stop_tokens
         budget = [min(max_new_tokens, self.context - len(prompt)) for prompt in prompts]
         texts, from_draft = [[] for _ in prompts], [[] for _ in prompts]
@@ -425,8 +427,7 @@ def method_options(args, model, tokenizer):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = files.new_parser(__doc__)
     add = parser.add_argument
     files.add_common(add)
     files.add_prompt(parser)
@@ -450,8 +451,7 @@ def main():
     text = files.read_prompt(args)
     files.check_seed(args.seed)
     files.check_number("samples", args.samples, 2**16)
-    model = Llama.load(args.model, DTYPES.get(args.dtype), files.device_named(args.device))
-    tokenizer = files.load_tokenizer(args.model, model.config.vocab_size)
+    model, tokenizer = load_model(args)
     options = method_options(args, model, tokenizer)
     prompts = [tokenizer.encode(text)] * args.samples
     show = None if args.json else files.printer(tokenizer, text)

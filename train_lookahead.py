@@ -10,7 +10,6 @@ undisturbed run ends: all chance in a step comes from (seed, step). With many GP
 --nproc-per-node N train_lookahead.py .. Read `states`, `backward`, `train`. Shapes as in model.py;
 M groups of L look-ahead tokens per text, N columns.
 """
-import argparse
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from beyond.own_texts import (
     PROMPT, TEMPERATURES, TEXT, check_context, own_texts, read_texts)
 from beyond.tree import cover
 from files import InputError
-from model import DTYPES, Cache, Llama
+from model import Cache, load_model
 from pass_sampler import Params, probs
 
 GROUPS = 4  # M, per text and step
@@ -37,7 +36,7 @@ READ_FOR = 16  # steps, each at other places: reading texts costs more than a st
 RATES = {"embeddings": 0.02, "memory": 0.02, "head_in": 0.003, "head_out": 0.003}
 EVALUATIONS = 10  # per run, about
 CHECKPOINT_SECONDS = 20
-# May differ on --resume: hashes stand for them.
+# May differ on --resume; hashes stand for the model, data and texts.
 MOVABLE = ("model", "data", "texts", "device", "out", "resume", "process", "processes")
 
 # ----------------------- the columns, as sampling runs them; the loss
@@ -130,7 +129,8 @@ def measure(model, lookahead, params, text, position, generator, ranks):
     h, target, tokens = states(model, lookahead, text, places, offset, *read)
     logits, p = model.logits(h), probs(model.logits(target), params)
     accepted = cover(p, logits, params, generator, ranks).view(-1, L, min(ranks, p.shape[1]))
-    # The text's x_i is from p. Weighted by min(1, q(x_i) / p(x_i)) it is a draft that was kept.
+    # The text's x_i is from p, and of a chain min(p, q) is kept: so a place counts by the product
+    # of min(1, q(x_i) / p(x_i)) over the drafts before it.
     x = tokens[:, None]
     kept = probs(logits, params).gather(1, x) / p.gather(1, x).clamp(min=1e-30)
     before = F.pad(kept.clamp(max=1).view(-1, L), (1, -1), value=1).cumprod(1)
@@ -287,8 +287,7 @@ def train(args, model, pool, held):
 # ------------------------------------------------------- command line
 
 def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = files.new_parser(__doc__)
     add = parser.add_argument
     files.add_common(add)
     files.add_data(add)
@@ -334,10 +333,8 @@ def main():
     args = parse()
     if dist.is_torchelastic_launched():
         join_processes(args)
-    device = files.device_named(args.device)
-    model = Llama.load(args.model, DTYPES.get(args.dtype), device, packed=False)
+    model, tokenizer = load_model(args, packed=False)
     check_context(model)
-    tokenizer = files.load_tokenizer(args.model, model.config.vocab_size)
     pool, held = files.read_data(tokenizer, args.data, args.suffix, TEXT)
     if args.texts:
         pool = read_texts(args.texts, model.config)

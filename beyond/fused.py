@@ -20,18 +20,15 @@ import torch
 from pass_sampler import Method, ended_by, verify
 
 
-def layout(parent, L, device):
+def layout(paths, L, device):
     """The block [ nodes 0 .. N | group of node 0 | .. | group of node N ]; node 0 is x.
 
-    parent: for drafts 1 .. N, the node that each follows; parents come before their children.
+    paths: per node, the nodes from x to it; the last may repeat.
     Returns offset (columns,), positions after x's, and visible (columns,columns): a node sees the
     path to it and itself; a group sees what its node sees, and itself, causally.
     """
-    paths = [[0]]  # to each node: itself, and the nodes before it
-    for i, above in enumerate(parent, 1):
-        paths.append([*paths[above], i])
     n = len(paths)
-    offset = [len(path) - 1 for path in paths]
+    offset = [len(set(path)) - 1 for path in paths]
     visible = torch.zeros(n + n * L, n + n * L, dtype=torch.bool)
     for i, path in enumerate(paths):
         visible[i, path] = True
@@ -39,7 +36,7 @@ def layout(parent, L, device):
             column = n + i * L + j
             visible[column, path] = True
             visible[column, n + i * L:column + 1] = True
-            offset.append(len(path) + j)
+            offset.append(offset[i] + 1 + j)
     return torch.tensor(offset, device=device), visible.to(device)
 
 
@@ -67,7 +64,8 @@ def method(s, lookahead):
     """A step that judges the drafts and makes the next: 1 to L+1 tokens for one pass."""
     lookahead = lookahead.ready(s.model)
     L = len(lookahead.embeddings)
-    offset, visible = layout(range(L), L, s.x.device)  # draft i follows draft i-1
+    chain = [range(1 + i) for i in range(1 + L)]  # draft i follows x and all drafts before it
+    offset, visible = layout(chain, L, s.x.device)
     cache = s.new_cache(s.model, len(offset), lookahead.memory)
     group = Group(s, L)
 

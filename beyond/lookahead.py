@@ -27,11 +27,21 @@ def shortlist(logits):
     return ids, logits.gather(-1, ids)
 
 
+def correction(lookahead, model, h, ids, before):
+    """What the head adds to the logits of ids (B,C) at a look-ahead column in state h (B,D), if the
+    token before its draft is one of before (B,P): (B,P,C)."""
+    if lookahead.head_in is None:
+        return 0
+    e = model.embed(before)  # (B,P,D)
+    features = lookahead.features(h[:, None].expand_as(e), e)  # (B,P,r)
+    return features @ F.embedding(ids, lookahead.folded).mT
+
+
 class LookaheadPlus(Lookahead):
     """memory (layers,2,R,K,E): keys as they enter attention, not rotated, and values.
 
     head_in (r,2D), head_out (D,r): for a state h of a look-ahead column and the embedding e of the
-    token before its draft, h becomes h + head_out @ features(h, e). Each part may be None.
+    token before its draft, h becomes h + head_out @ features(h, e). Memory or head may be None.
     """
 
     def __init__(self, embeddings, acceptance=(), memory=None, head_in=None, head_out=None):
@@ -56,15 +66,6 @@ class LookaheadPlus(Lookahead):
         both = [F.rms_norm(x, x.shape[-1:], eps=1e-7) for x in (h, e)]
         return F.silu(F.linear(torch.cat(both, -1), self.head_in))
 
-    def correction(self, model, h, ids, before):
-        """What the head adds to the logits of ids (B,C) at a look-ahead column in state h (B,D), if
-        the token before its draft is one of before (B,P): (B,P,C)."""
-        if self.head_in is None:
-            return 0
-        e = model.embed(before)  # (B,P,D)
-        features = self.features(h[:, None].expand_as(e), e)  # (B,P,r)
-        return features @ F.embedding(ids, self.folded).mT
-
     def draft(self, model, params, h, logits, x, u):
         """As in Lookahead, one draft after the other."""
         if self.head_in is None:
@@ -72,7 +73,7 @@ class LookaheadPlus(Lookahead):
         ids, best = shortlist(logits)  # (B,L,C)
         drafts, q = [x], []
         for j in range(h.shape[1]):
-            z = best[:, j, None] + self.correction(model, h[:, j], ids[:, j], drafts[-1])
+            z = best[:, j, None] + correction(self, model, h[:, j], ids[:, j], drafts[-1])
             q.append(probs(z, params))  # (B,1,C)
             k = draw(q[-1], u[:, j:j + 1])
             drafts.append(ids[:, j].gather(1, k))

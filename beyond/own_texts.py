@@ -5,7 +5,6 @@
 Each begins with PROMPT tokens of a file. A third is written at each of TEMPERATURES. Give TEXTS to
 train_lookahead.py or demo/distill.py.
 """
-import argparse
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 import files
 from files import InputError
-from model import DTYPES, Llama
+from model import load_model
 from pass_sampler import Params, Sampler
 
 TEXT, PROMPT = 128, 48  # tokens per text, and of those before the model begins
@@ -42,15 +41,14 @@ def read_texts(path, config):
 
 
 def check_context(model):
-    """Raise InputError for a model that cannot read such texts."""
+    """Raise InputError for a model that cannot read texts of TEXT tokens."""
     if model.config.context < TEXT:
         raise InputError(f"the model's context of {model.config.context} is shorter than the texts "
                          f"of {TEXT}")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = files.new_parser(__doc__)
     files.add_common(parser.add_argument)
     files.add_data(parser.add_argument)
     parser.add_argument("--count", type=int, default=6144,
@@ -62,10 +60,8 @@ def main():
         raise InputError(f"--count must be a multiple of {len(TEMPERATURES)}, not {args.count}")
     files.check_number("count", args.count, 2**24)
     files.check_writable(args.out)
-    device = files.device_named(args.device)
-    model = Llama.load(args.model, DTYPES.get(args.dtype), device, packed=False)
+    model, tokenizer = load_model(args, packed=False)
     check_context(model)
-    tokenizer = files.load_tokenizer(args.model, model.config.vocab_size)
     tokens, _ = files.read_data(tokenizer, args.data, args.suffix, TEXT)
     parts = []
     for i, temperature in enumerate(TEMPERATURES, 1):

@@ -19,7 +19,7 @@ import time
 import torch
 
 from beyond.fused import Group, layout
-from beyond.lookahead import LookaheadPlus, shortlist
+from beyond.lookahead import correction, shortlist
 from files import InputError
 from pass_sampler import Method, Params, Sampler, draw, ended_by, probs, residual
 
@@ -27,10 +27,10 @@ from pass_sampler import Method, Params, Sampler, draw, ended_by, probs, residua
 class Shape:
     """The nodes of a tree: 0 is x, the N drafts follow by depth. W: most candidates of a node.
 
-    parent: per draft the node before it. children (1+N,W): per node its drafts in order, 0 is none.
-    path (1+N,1+depth): the nodes from x to each one, which then repeats. depths (1+N,).
-    levels: per depth the nodes with children; and per rank, which of these have a child of that
-    rank, and those children.
+    children (1+N,W): per node its drafts in order, 0 is none. depths (1+N,).
+    path (1+N,1+depth): the nodes from x to each one, which then repeats.
+    levels: per depth the nodes with children, those with most first; and per rank their children of
+    that rank, which the first of them have.
     """
 
     def __init__(self, text, device):
@@ -46,26 +46,26 @@ class Shape:
         index = {name: i for i, name in enumerate(names)}
         self.N, self.depth = len(names) - 1, len(names[-1])
         self.width = 1 + max(int(name[-1]) for name in names[1:])
-        self.parent = [index[name[:-1]] for name in names[1:]]
 
         def tensor(values):
             return torch.tensor(values, device=device)
 
-        ranks = [str(rank) for rank in range(self.width)]
-        self.children = tensor([[index.get(name + rank, 0) for rank in ranks] for name in names])
+        ranks = range(self.width)
+        children = [[index.get(f"{name}{rank}", 0) for rank in ranks] for name in names]
         paths = [[index[name[:d]] for d in range(self.depth + 1)] for name in names]
+        self.children = tensor(children)
         self.path = tensor(paths)
         self.depths = tensor([len(name) for name in names])
         self.levels = []
         for d in range(self.depth):
-            parents = [name for name in names if len(name) == d and name + "0" in index]
+            parents = [i for i, name in enumerate(names) if len(name) == d and children[i][0]]
+            parents.sort(key=lambda i: children[i].count(0))
             by_rank = []
             for rank in ranks:
-                with_child = [i for i, name in enumerate(parents) if name + rank in index]
-                if with_child:
-                    nodes = [index[parents[i] + rank] for i in with_child]
-                    by_rank.append((tensor(with_child), tensor(nodes)))
-            self.levels.append((tensor([index[name] for name in parents]), by_rank))
+                nodes = [children[i][rank] for i in parents if children[i][rank]]
+                if nodes:
+                    by_rank.append(tensor(nodes))
+            self.levels.append((tensor(parents), by_rank))
 
 
 def verify_tree(shape, p, q, tokens, u):
@@ -104,19 +104,21 @@ def grow(shape, s, lookahead, group, u):
     """
     ids, best = shortlist(group.logits)  # (B,depth,C)
     tokens = s.x.repeat(1, 1 + shape.N)
-    V, wide = group.logits.shape[-1], torch.promote_types(best.dtype, torch.float32)
+    V = group.logits.shape[-1]
+    wide = torch.promote_types(best.dtype, torch.float32)
     q = torch.zeros(*tokens.shape, V, dtype=wide, device=u.device)
-    for d, (parents, ranks) in enumerate(shape.levels):
+    for d, (parents, by_rank) in enumerate(shape.levels):
         before = tokens[:, parents]
-        z = best[:, d, None] + lookahead.correction(s.model, group.h[:, d], ids[:, d], before)
+        z = best[:, d, None] + correction(lookahead, s.model, group.h[:, d], ids[:, d], before)
         z = z.expand(-1, len(parents), -1).clone()  # (B,P,C)
-        for with_child, nodes in ranks:
-            q_node = probs(z[:, with_child], s.params)
+        for nodes in by_rank:
+            rest = z[:, :len(nodes)]  # of their parents: a view
+            q_node = probs(rest, s.params)
             k = draw(q_node, u[:, nodes - 1])  # (B,n)
             there = ids[:, d, None].expand_as(q_node)
             tokens[:, nodes] = there.gather(2, k[..., None])[..., 0]
             q[:, nodes] = q.new_zeros(len(q), len(nodes), V).scatter_(2, there, q_node)
-            z[:, with_child] = z[:, with_child].scatter(2, k[..., None], -math.inf)
+            rest.scatter_(2, k[..., None], -math.inf)
     return tokens, q
 
 
@@ -128,12 +130,10 @@ def method(s, lookahead, tree="0 1 00"):
                          f"tokens")
     if shape.width > s.model.config.vocab_size:
         raise InputError(f"tree {tree!r} has more candidates than the model has tokens")
-    if not isinstance(lookahead, LookaheadPlus):
-        lookahead = LookaheadPlus(lookahead.embeddings, lookahead.acceptance)
     N, L = shape.N, shape.depth
     lookahead = lookahead.ready(s.model)
     lookahead.embeddings = lookahead.embeddings[:L]
-    offset, visible = layout(shape.parent, L, s.x.device)
+    offset, visible = layout(shape.path.tolist(), L, s.x.device)
     cache = s.new_cache(s.model, len(offset), lookahead.memory)
     group = Group(s, L)
 
@@ -161,7 +161,8 @@ COLUMNS = (4, 6, 9, 12, 16, 24, 32, 48, 64)  # sizes of the blocks that `choose`
 def cover(p, logits, params, generator, ranks):
     """(N,ranks): the probability that one of k drafts for a place is accepted, k = 1 .. ranks, if
     they are drawn from q without replacement, as `grow` does, but from all tokens and not from a
-    shortlist. It averages over who accepts, and draws what was refused: from residual(q, p)."""
+    shortlist. That one is accepted is summed exactly; which token was refused is drawn, from
+    residual(q, p)."""
     refused, accepted = torch.ones(len(p), device=p.device), []
     for _ in range(min(ranks, p.shape[1])):
         q = probs(logits, params)
@@ -180,19 +181,22 @@ def best_tree(by_rank, depth, columns):
     draft is worth the product, down its path, of what its rank adds: take the best, and again.
     """
     adds = [[b - a for a, b in zip([0, *ranks], ranks[:10])] for ranks in by_rank[:depth]]
-    paths, tokens = [], 1.0
-    reachable = {"0": adds[0][0]}
+
+    def worth(path):
+        return math.prod(adds[d][int(rank)] for d, rank in enumerate(path))
+
+    paths = []
+    reachable = ["0"]
     while reachable and (2 + len(paths)) * (1 + depth) <= columns:
-        path = max(reachable, key=reachable.get)
-        worth, d, rank = reachable.pop(path), len(path), int(path[-1])
+        path = max(reachable, key=worth)
+        reachable.remove(path)
         paths.append(path)
-        tokens += worth
-        if d < depth:
-            reachable[path + "0"] = worth * adds[d][0]
-        if rank + 1 < len(adds[d - 1]) and adds[d - 1][rank] > 0:
-            sibling = path[:-1] + str(rank + 1)
-            reachable[sibling] = worth * adds[d - 1][rank + 1] / adds[d - 1][rank]
-    return paths, tokens
+        rank = int(path[-1]) + 1
+        if len(path) < depth:
+            reachable.append(path + "0")
+        if rank < len(adds[len(path) - 1]):
+            reachable.append(f"{path[:-1]}{rank}")
+    return paths, 1 + sum(map(worth, paths))
 
 
 def best_of(by_rank, columns):

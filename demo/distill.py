@@ -6,7 +6,6 @@
 A LLaMA of 16 M parameters with the large model's tokenizer learns the large model's distributions,
 KL(p || q), on texts that the large model wrote (beyond/own_texts.py).
 """
-import argparse
 import json
 import shutil
 import sys
@@ -80,8 +79,7 @@ def agreement(small, large, texts, targets):
 
 
 def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = files.new_parser(__doc__)
     add = parser.add_argument
     files.add_common(add)
     add("--texts", type=Path, required=True, help="of beyond/own_texts.py")

@@ -2,14 +2,13 @@
 
     python demo/generation.py --model DIR --lookahead FILE --prompt TEXT --out FILE.svg
 """
-import argparse
 import sys
 from html import escape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import files
-from model import DTYPES, Llama
+from model import load_model
 from pass_sampler import Params, generate, load_lookahead
 
 COLUMNS, WIDTH, HEIGHT = 88, 8.4, 19  # characters per line; of one, in points
@@ -47,8 +46,7 @@ def picture(lines, note):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = files.new_parser(__doc__)
     add = parser.add_argument
     files.add_common(add)
     add("--lookahead", required=True, metavar="FILE", help="trained")
@@ -59,8 +57,7 @@ def main():
     args = parser.parse_args()
     files.check_seed(args.seed)
     files.check_writable(args.out)
-    model = Llama.load(args.model, DTYPES.get(args.dtype), files.device_named(args.device))
-    tokenizer = files.load_tokenizer(args.model, model.config.vocab_size)
+    model, tokenizer = load_model(args)
     lookahead = load_lookahead(args.lookahead, model, tokenizer=tokenizer)
     result = generate(model, [tokenizer.encode(args.prompt)], "pass", Params(args.temperature),
                       args.max_new_tokens, args.seed, lookahead=lookahead)

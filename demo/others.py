@@ -29,7 +29,7 @@ def others(folder, device, gguf):
     for path in gguf:
         if not path.is_file():
             raise InputError(f"--gguf {path} does not exist; demo/to_gguf.py makes it")
-        llama_cpp = extra("llama_cpp", "make llama")
+        llama_cpp = extra("llama_cpp", "make peers")
         try:
             engine = llama_cpp.Llama(str(path), n_ctx=2048, verbose=False,
                                      n_threads=torch.get_num_threads())

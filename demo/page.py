@@ -18,14 +18,14 @@ fast; `bare` is a grid without command, machine and intervals; `projection` is c
 passes cost and what the look-ahead's file says of it; `training` shows how the trainings for a
 model ended, by train-MODEL-NAME.jsonl, which is what train_lookahead.py measured on its way.
 """
-import argparse
 import json
 import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from files import InputError, cell, extra, open_tensors, read_json, run_script, write_file
+from files import (
+    InputError, cell, extra, new_parser, open_tensors, read_json, run_script, write_file)
 
 DEMO = Path(__file__).resolve().parent
 RESULTS = DEMO / "results"
@@ -67,16 +67,16 @@ def fitting(rows, columns, conditions):
 
 def grid(rows, columns, across, show):
     """How many times as fast: a row per value of `columns`, a column per value of `across`."""
-    heads, lines = dict.fromkeys(columns), {}
+    heads, lines = {}, {}
     for row in rows:
         head = ", ".join(cell(row[key]) for key in across)
         heads[head] = None
-        line = lines.setdefault(tuple(cell(row[column]) for column in columns), {})
-        line[head] = show(row, "times as fast")
+        names = tuple(cell(row[column]) for column in columns)
+        lines.setdefault(names, {})[head] = show(row, "times as fast")
+    cells = []
     for names, line in lines.items():
-        line.update(zip(columns, names))
-    cells = [[line.get(head, "") for head in heads] for line in lines.values()]
-    return markdown(list(heads), cells)
+        cells.append([*names, *(line.get(head, "") for head in heads)])
+    return markdown([*columns, *heads], cells)
 
 
 def table(shape, name, words):
@@ -219,8 +219,7 @@ PICTURES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
     for page in PAGES:

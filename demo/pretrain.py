@@ -10,7 +10,6 @@
 3. Train the model, with the same `forward` that decodes and drafts.
 Wheels and corpus stay in --work and are not made again. Read `normal`, `train`.
 """
-import argparse
 import ast
 import hashlib
 import json
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from files import (
-    InputError, check_number, check_seed, check_writable, device_named, load_tokenizer,
+    InputError, check_number, check_seed, check_writable, device_named, load_tokenizer, new_parser,
     read_checkpoint, run_script, windows, write_checkpoint, write_file, write_tensors)
 from model import Cache, Config, Llama
 from train_lookahead import backward
@@ -301,8 +300,7 @@ def picture(curve, width=480, height=240):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("models/own"), help="folder (default: models/own)")
     add("--work", type=Path, default=Path("models/pretrain"),

@@ -7,7 +7,6 @@ For SmolLM2 code, from the files of --data that training holds out, and prose, t
 demo/model code in the one spelling that it knows, from --plain, what demo/pretrain.py held out, and
 of it what the training of its look-ahead holds out. demo/README.md says where both come from.
 """
-import argparse
 import ast
 import json
 import random
@@ -16,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from files import InputError, run_script, split_files, write_file
+from files import InputError, new_parser, run_script, split_files, write_file
 
 PROMPTS, CHARACTERS = 20, 280
 
@@ -39,8 +38,7 @@ def pieces(texts, begin):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, nargs="+", required=True, help="the standard library")
     add("--plain", type=Path, nargs="+", required=True, help="what demo/pretrain.py held out")

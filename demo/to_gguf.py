@@ -2,14 +2,13 @@
 
     python demo/to_gguf.py --model models/smollm2 --type q8_0 --out models/smollm2/q8_0.gguf
 """
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import smollm2
-from files import InputError, check_writable, extra, run_script, write_file
+from files import InputError, check_writable, extra, new_parser, run_script, write_file
 from model import Llama
 
 TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
@@ -70,8 +69,7 @@ def write(model, kind, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--type", choices=TYPES, default="f16", help="(default: f16)")
     parser.add_argument("--out", type=Path, required=True, help="file to write")

@@ -153,7 +153,8 @@ def test_groups(code=REAL):
     node."""
     llama = code.tiny(30)
     lookahead = code.random_lookahead(llama, 2).ready(llama)
-    offset, visible = code.fused.layout([0, 0, 1], 2, "cpu")  # the tree "0 1 00"
+    paths = [0], [0, 1], [0, 2], [0, 1, 3]  # the tree "0 1 00"
+    offset, visible = code.fused.layout(paths, 2, "cpu")
 
     def after(text):
         cache = code.model.Cache(llama, 1, 40).with_memory(lookahead.memory)
@@ -216,6 +217,8 @@ def test_best_tree():
     assert best_tree(by_rank, 2, 18)[0] == ["0", "00", "1", "10", "01"]
     paths, tokens = best_tree(by_rank, 1, 6)
     assert paths == ["0", "1"] and abs(tokens - 1.8) < 1e-12
+    paths, _ = best_tree([[0.5, 0.5, 0.8]], 1, 64)
+    assert paths == ["0", "1", "2"], "a rank that adds nothing hides the next"
 
 
 @pytest.mark.parametrize("share, chosen", [(1.0, True), (0.001, False)])

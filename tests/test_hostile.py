@@ -225,6 +225,8 @@ def test_what_is_no_regular_file_stays_what_it_is(tmp_path):
     write_tensors({"a": torch.zeros(2)}, tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and load_file(tmp_path / "target")["a"].shape == (2,)
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "pipe.tmp").touch()  # somebody else's
     reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
     write_tensors({"a": torch.zeros(2)}, tmp_path / "pipe")
     assert len(reader.communicate()[0]) > 8 and (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "pipe.tmp").exists()
