@@ -83,7 +83,8 @@ def against_first(decoders, units, args, what):
 
     functions = {name: partial(seconds_per_token, name) for name in decoders}
     seconds = interleaved(functions, units, args.rounds, what)
-    plain, rows = next(iter(seconds.values())), {}
+    plain = next(iter(seconds.values()))
+    rows = {}
     for name, taken in seconds.items():
         middle, low, high = interval(plain / taken)
         known = None not in per_pass[name]  # not peers
@@ -97,7 +98,8 @@ def against_first(decoders, units, args, what):
 
 def machine(model):
     """What was measured on, in one line."""
-    device, name = model.embedding.device, platform.machine()
+    device = model.embedding.device
+    name = platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists():
@@ -124,7 +126,9 @@ def decoder(args, model, tokenizer, spec, params, rows, context, stop_tokens=())
     token ends a text: unequal lengths do not compare."""
     head, _, shape = spec.partition("=")
     method, _, file = head.partition(":")
-    known, options, number = options_of(method), {}, None
+    known = options_of(method)
+    options = {}
+    number = None
     if shape and "tree" in known:
         options["tree"] = shape
     elif shape and not shape.isdecimal():
@@ -209,7 +213,8 @@ def timed_pass(model, cache, T, graph):
     once = run
     if graph and tokens.is_cuda:
         run()  # warms up: only then can it be recorded
-        recorded, once = torch.cuda.CUDAGraph(), replay
+        recorded = torch.cuda.CUDAGraph()
+        once = replay
         with torch.cuda.graph(recorded):
             result = run()
 
@@ -233,7 +238,8 @@ def random_model(args):
     config = Config(**shape, head_dim=shape["dim"] // shape["n_heads"], norm_eps=1e-5,
                     rope_theta=10000.0, rope={"rope_type": "default"}, context=4096, tied=False,
                     dtype="bfloat16", stop_tokens=())
-    dtype, device = DTYPES.get(args.dtype, torch.bfloat16), files.device_named(args.device)
+    dtype = DTYPES.get(args.dtype, torch.bfloat16)
+    device = files.device_named(args.device)
     model = Llama(config, dtype, device).requires_grad_(False)
     for weight in model.parameters():
         weight.normal_(0, 0.02)
@@ -331,7 +337,8 @@ def quality(args):
            "pairs of tokens that are distinct. Of an exact method one p-value in twenty is below "
            "0.05. Power: the chance of one below 0.05 if the mean were shifted by 5 %.")
     for kind, t in itertools.product(prompts, args.temperatures):
-        some, plain = prompts[kind], None
+        some = prompts[kind]
+        plain = None
         context = max(map(len, some)) + args.new_tokens
         decoders = []  # all of them now: what cannot be made is said before the work
         for name in ["autoregressive", *args.methods]:

@@ -158,6 +158,12 @@ def check_writable(path):
                          f"not be a folder itself")
 
 
+def check_no_checkpoint(path, resume):
+    """Raise InputError where a run would overwrite what another has saved."""
+    if path.exists() and not resume:
+        raise InputError(f"{path} is there: give --resume, or remove it")
+
+
 def write_file(path, save):
     """save(path), by way of a temporary name: whenever we are killed, the file is whole or old.
 
@@ -255,7 +261,8 @@ def is_piped(stream):
 
 def read_prompts(args, tokenizer, config):
     """{kind: prompts, as lists of token ids} of args.prompts, a JSON file."""
-    texts, prompts = read_json(args.prompts), {}
+    texts = read_json(args.prompts)
+    prompts = {}
     for kind in args.kinds or texts or ["code"]:  # an empty file has no code
         some = texts.get(kind)
         if not isinstance(some, list) or not all(isinstance(text, str) for text in some):
@@ -310,7 +317,8 @@ def has_colour():
 def printer(tokenizer, prompt):
     """An on_token function: writes row 0 as it is made. On a terminal the prompt stands before it,
     and accepted drafts are green."""
-    to_text, colour = tokenizer.stream(), has_colour()
+    to_text = tokenizer.stream()
+    colour = has_colour()
     if sys.stdout.isatty():
         print(f"\033[2m{prompt}\033[0m" if colour else prompt, end="", flush=True)
 
@@ -641,7 +649,10 @@ def tell(parts, path):
     path names one. That it can be written is checked before the first part is made."""
     if path:
         check_writable(path)
-    text, rows, columns, of_code = [], [], None, commit()
+    text = []
+    rows = []
+    columns = None
+    of_code = commit()
     for part in parts:
         if isinstance(part, str):
             text.append(part)

@@ -60,7 +60,8 @@ class Cache:
 
     def __init__(self, model, rows, slots):
         """Room for `slots` columns per row, committed and block together."""
-        c, like = model.config, model.embedding
+        c = model.config
+        like = model.embedding
         # Zeros, not empty: a slot that is not seen has weight 0, but 0 * NaN is NaN. In this order
         # the keys of a layer are (B*K,S,E) without a copy, which is what a GPU multiplies.
         self.kv = like.new_zeros(c.n_layers, 2, rows, c.n_kv_heads, slots, c.head_dim)
@@ -82,7 +83,8 @@ class Cache:
 
     def next(self, T):
         """(B,1) and (B,T): rows and slots, as indices, of the next block of T columns."""
-        rows, device = len(self.length), self.length.device
+        rows = len(self.length)
+        device = self.length.device
         slots = self.memory_slots + self.length[:, None] + torch.arange(T, device=device)
         return torch.arange(rows, device=device)[:, None], slots
 
@@ -92,7 +94,8 @@ class Cache:
         visible (T,T): which columns of the block (second axis) a column (first axis) sees, itself
         included; None is causal. sees_memory (T,): which columns see the memory; None is none.
         """
-        rows, device = len(self.length), self.length.device
+        rows = len(self.length)
+        device = self.length.device
         S = self.kv.shape[4] if self.reads_all else self.memory_slots + int(self.length.max()) + T
         slot = torch.arange(S, device=device) - self.memory_slots  # the memory is negative
         committed = (slot >= 0) & (slot < self.length[:, None, None])
@@ -125,7 +128,8 @@ def rope_frequencies(config):
     "linear" squeezes all positions; "llama3" only the wavelengths that are long against the context
     of the first training.
     """
-    E, rope = config.head_dim, config.rope
+    E = config.head_dim
+    rope = config.rope
     frequency = config.rope_theta ** (-torch.arange(0, E, 2, dtype=torch.float32) / E)
     if rope["rope_type"] == "linear":
         return frequency / rope["factor"]
@@ -283,7 +287,8 @@ class Llama(nn.Module):
 
     def named_weights(self):
         """The weights by their Hugging Face names: views of the fused matrices."""
-        c, E = self.config, self.config.head_dim
+        c = self.config
+        E = self.config.head_dim
         named = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
         if not c.tied:
             named["lm_head.weight"] = self.output
@@ -322,7 +327,8 @@ class Llama(nn.Module):
         except RuntimeError as error:
             raise InputError(f"{folder}: a model of the sizes in config.json does not fit into "
                              f"memory: {str(error).splitlines()[0]}") from None
-        missing, head = model.named_weights(), None
+        missing = model.named_weights()
+        head = None
         for path in weight_files(folder):
             with open_tensors(path) as file:
                 for name in file.keys():

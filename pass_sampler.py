@@ -257,7 +257,8 @@ class Sampler:
         device = model.embedding.device
         self.model, self.name, self.params, self.rows = model, method, params, rows
         self.context = min(context, model.config.context)
-        self.caches, self.buffers = [], []
+        self.caches = []
+        self.buffers = []
         self.x = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.alive = torch.zeros(rows, dtype=torch.long, device=device)
         self.finite = torch.ones(rows, dtype=torch.bool, device=device)
@@ -265,7 +266,8 @@ class Sampler:
         self.method = method_named(method)(weakref.proxy(self), **options)
         self.u = torch.zeros(rows, self.method.uniforms, dtype=torch.float64, device=device)
         self.generator = torch.Generator(device)
-        self.recorded, self.result = None, None
+        self.recorded = None
+        self.result = None
         self.records = graph and device.type == "cuda"
 
     def new_cache(self, model, columns, memory=None):
@@ -347,7 +349,8 @@ class Sampler:
         self.capture_seconds = 0.0
         stops = c.stop_tokens if stop_tokens is None else stop_tokens
         budget = [min(max_new_tokens, self.context - len(prompt)) for prompt in prompts]
-        texts, from_draft = [[] for _ in prompts], [[] for _ in prompts]
+        texts = [[] for _ in prompts]
+        from_draft = [[] for _ in prompts]
         ending = [None] * len(prompts)
         accepted = []  # drafts, per step and living row
         self.generator.manual_seed(seed)
@@ -414,10 +417,12 @@ def load_lookahead(spec, model, length=None, tokenizer=None):
 
 def method_options(args, model, tokenizer):
     """The options of args.method. An option that would have no effect is refused."""
-    known, words = options_of(args.method), ("lookahead", "length", "tree", "draft_model")
+    known = options_of(args.method)
+    words = ("lookahead", "length", "tree", "draft_model")
     given = {name: getattr(args, name) for name in words if getattr(args, name) is not None}
     if "lookahead" in known:
-        spec, length = given.get("lookahead", "mean"), given.pop("length", None)
+        spec = given.get("lookahead", "mean")
+        length = given.pop("length", None)
         given["lookahead"] = load_lookahead(spec, model, length, tokenizer)
     files.check_options(args.method, given, known)
     if args.draft_model:

@@ -101,7 +101,8 @@ def backward(model, h, tokens, objective, teacher=None, target=None, columns=64)
     p comes from the teacher's states target (N,D). In pieces of some columns, each back to h before
     the next begins: (N,V) in float32 would not fit.
     """
-    total, gradient = 0.0, []
+    total = 0.0
+    gradient = []
     for start in range(0, len(h), columns):
         part = slice(start, start + columns)
         p = None
@@ -121,13 +122,15 @@ def backward(model, h, tokens, objective, teacher=None, target=None, columns=64)
 def measure(model, lookahead, params, text, position, generator, ranks):
     """`cover` (n,L,ranks), and the expected accepted drafts of a chain (n,), after every sixth
     token of text (B,T), whose first token stands at `position`."""
-    L, device = len(lookahead.embeddings), model.embedding.device
+    L = len(lookahead.embeddings)
+    device = model.embedding.device
     text = text.to(device)
     places = torch.arange(PROMPT, text.shape[1] - L, 6, device=device).expand(len(text), -1)
     offset = torch.full((len(text),), position, device=device)
     read = prefix(model, text, offset, places.shape[1] * L)
     h, target, tokens = states(model, lookahead, text, places, offset, *read)
-    logits, p = model.logits(h), probs(model.logits(target), params)
+    logits = model.logits(h)
+    p = probs(model.logits(target), params)
     accepted = cover(p, logits, params, generator, ranks).view(-1, L, min(ranks, p.shape[1]))
     # The text's x_i is from p, and of a chain min(p, q) is kept: so a place counts by the product
     # of min(1, q(x_i) / p(x_i)) over the drafts before it.
@@ -144,10 +147,12 @@ def evaluate(model, lookahead, texts, position=0, ranks=5):
     Per temperature: by_position, how probably a draft is accepted where those before it are the
     text's own tokens; expected, the accepted drafts of a chain; by_rank [position][k]: `cover`.
     """
-    lookahead, table = lookahead.ready(model), {}
+    lookahead = lookahead.ready(model)
+    table = {}
     for temperature, text in texts.items():
         generator = torch.Generator(model.embedding.device).manual_seed(0)
-        params, measured = Params(temperature), []
+        params = Params(temperature)
+        measured = []
         for rows in text.split(4):
             measured.append(measure(model, lookahead, params, rows, position, generator, ranks))
         by_rank, expected = (torch.cat(parts).mean(0) for parts in zip(*measured))
@@ -244,7 +249,8 @@ def train(args, model, pool, held):
     optimizer = torch.optim.Adam([{"params": [p], "name": name} for name, p in parts.items()])
     moments = {name: optimizer.state[p] for name, p in parts.items()}
     state = {"settings": settings, "step": 0, "seconds": 0.0, "losses": [], "measured": []}
-    checkpoint, leads = beside(args.out, "checkpoint"), args.process == 0
+    checkpoint = beside(args.out, "checkpoint")
+    leads = args.process == 0
     if args.resume and checkpoint.exists():
         state = files.read_checkpoint(checkpoint, settings, parts, moments)
     if args.resume and leads:
@@ -309,8 +315,7 @@ def parse():
         raise InputError(f"--memory must be 0 to {TEXT}, --head 0 to {2**14}")
     files.check_writable(args.out)
     checkpoint = beside(args.out, "checkpoint")
-    if checkpoint.exists() and not args.resume:
-        raise InputError(f"{checkpoint} is there: give --resume, or remove it")
+    files.check_no_checkpoint(checkpoint, args.resume)
     if args.resume and args.out.is_file() and not checkpoint.exists():
         raise InputError(f"{args.out} has no checkpoint: there is nothing to resume")
     return args

@@ -26,7 +26,8 @@ def method(s, draft_model, length=4):
     small = s.new_cache(draft_model, 1 + L)
 
     def step(u):
-        block, q = [s.x], []
+        block = [s.x]
+        q = []
         for j in range(L):
             h = draft_model(block[-1], small)
             small.commit(s.alive)

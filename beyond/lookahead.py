@@ -71,7 +71,8 @@ class LookaheadPlus(Lookahead):
         if self.head_in is None:
             return super().draft(model, params, h, logits, x, u)
         ids, best = shortlist(logits)  # (B,L,C)
-        drafts, q = [x], []
+        drafts = [x]
+        q = []
         for j in range(h.shape[1]):
             z = best[:, j, None] + correction(self, model, h[:, j], ids[:, j], drafts[-1])
             q.append(probs(z, params))  # (B,1,C)
@@ -93,6 +94,7 @@ def initial_memory(model, text):
 
 def initial_head(model, rank, generator):
     """head_in and head_out, which is 0: no correction yet."""
-    D, device = model.config.dim, model.embedding.device
+    D = model.config.dim
+    device = model.embedding.device
     head_in = torch.randn(rank, 2 * D, generator=generator) / math.sqrt(2 * D)
     return {"head_in": head_in.to(device), "head_out": torch.zeros(D, rank, device=device)}

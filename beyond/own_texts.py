@@ -15,14 +15,16 @@ from files import InputError
 from model import load_model
 from pass_sampler import Params, Sampler
 
-TEXT, PROMPT = 128, 48  # tokens per text, and of those before the model begins
+TEXT = 128  # tokens
+PROMPT = 48  # of them, before the model begins
 TEMPERATURES = (0.0, 0.6, 1.0)
 AT_ONCE = 256  # rows
 
 
 def own_texts(model, prompts, temperature, seed, length=TEXT):
     """Prompts (n,P), each with what the model writes after it: (n,length). It stops at no token."""
-    rows, texts = min(AT_ONCE, len(prompts)), []
+    rows = min(AT_ONCE, len(prompts))
+    texts = []
     sampler = Sampler(model, "autoregressive", Params(temperature), rows, length)
     starts = range(0, len(prompts), rows)
     for i in tqdm(starts, f"writing at {temperature}", leave=False, disable=None):

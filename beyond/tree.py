@@ -44,7 +44,8 @@ class Shape:
         if len(names) == 1 or len(set(names)) < len(names):
             raise InputError(f"tree {text!r}: give paths such as \"0 1 00\", each of them once")
         index = {name: i for i, name in enumerate(names)}
-        self.N, self.depth = len(names) - 1, len(names[-1])
+        self.N = len(names) - 1
+        self.depth = len(names[-1])
         self.width = 1 + max(int(name[-1]) for name in names[1:])
 
         def tensor(values):
@@ -130,7 +131,8 @@ def method(s, lookahead, tree="0 1 00"):
                          f"tokens")
     if shape.width > s.model.config.vocab_size:
         raise InputError(f"tree {tree!r} has more candidates than the model has tokens")
-    N, L = shape.N, shape.depth
+    N = shape.N
+    L = shape.depth
     lookahead = lookahead.ready(s.model)
     lookahead.embeddings = lookahead.embeddings[:L]
     offset, visible = layout(shape.path.tolist(), L, s.x.device)
@@ -163,7 +165,8 @@ def cover(p, logits, params, generator, ranks):
     they are drawn from q without replacement, as `grow` does, but from all tokens and not from a
     shortlist. That one is accepted is summed exactly; which token was refused is drawn, from
     residual(q, p)."""
-    refused, accepted = torch.ones(len(p), device=p.device), []
+    refused = torch.ones(len(p), device=p.device)
+    accepted = []
     for _ in range(min(ranks, p.shape[1])):
         q = probs(logits, params)
         refused = refused * (1 - torch.minimum(p, q).sum(1))
@@ -224,7 +227,8 @@ def choose(model, lookahead, temperature, rows=1, graph=True):
         paths, tokens = best_of(by_rank, columns)
         expected[" ".join(paths)] = tokens
     params = Params(temperature)
-    samplers, seconds = {}, {name: [] for name in expected}
+    samplers = {}
+    seconds = {name: [] for name in expected}
     for name in expected:
         words = {"lookahead": lookahead, "tree": name} if name else {}
         method = "tree" if name else "autoregressive"

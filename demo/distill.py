@@ -69,7 +69,9 @@ def states(model, texts):
 @torch.no_grad()
 def agreement(small, large, texts, targets):
     """{what: share of places}: a draft is accepted at temperature 0, and at 1."""
-    accepted, same, places = 0.0, 0, texts.numel()
+    accepted = 0.0
+    same = 0
+    places = texts.numel()
     for h, target in zip(states(small, texts), targets):
         q = small.logits(h.to(small.embedding.device)).float().softmax(-1)
         p = large.logits(target.to(large.embedding.device)).float().softmax(-1)
@@ -92,6 +94,7 @@ def parse():
     files.check_number("steps", args.steps, 2**40)
     if args.out.resolve() == args.model.resolve():
         raise files.InputError("--out is the large model's folder: name another")
+    files.check_no_checkpoint(args.out / "checkpoint", args.resume)
     return args
 
 

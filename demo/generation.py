@@ -22,7 +22,8 @@ text { font: 14px ui-monospace, Menlo, Consolas, monospace; fill: #1f2328; white
 
 def lines_of(pieces):
     """Pieces (text, class) of a text as lines, each a list of pieces, wrapped at COLUMNS."""
-    lines, column = [[]], 0
+    lines = [[]]
+    column = 0
     for text, kind in pieces:
         for i, part in enumerate(text.split("\n")):
             if i or column + len(part) > COLUMNS:
@@ -61,10 +62,12 @@ def main():
     lookahead = load_lookahead(args.lookahead, model, tokenizer=tokenizer)
     result = generate(model, [tokenizer.encode(args.prompt)], "pass", Params(args.temperature),
                       args.max_new_tokens, args.seed, lookahead=lookahead)
-    stream, pieces = tokenizer.stream(), [(args.prompt, "prompt")]
+    stream = tokenizer.stream()
+    pieces = [(args.prompt, "prompt")]
     for token, from_draft in zip(result["tokens"][0], result["from_draft"][0]):
         pieces.append((stream(token), "draft" if from_draft else "own"))
-    drafts, tokens = sum(result["from_draft"][0]), len(result["tokens"][0])
+    drafts = sum(result["from_draft"][0])
+    tokens = len(result["tokens"][0])
     note = (f"{tokens} tokens in {result['passes']} passes; {drafts} of them are accepted drafts. "
             f"Plain decoding takes {tokens} passes.")
     files.write_file(args.out, lambda path: path.write_text(picture(lines_of(pieces), note)))

@@ -67,7 +67,8 @@ def fitting(rows, columns, conditions):
 
 def grid(rows, columns, across, show):
     """How many times as fast: a row per value of `columns`, a column per value of `across`."""
-    heads, lines = {}, {}
+    heads = {}
+    lines = {}
     for row in rows:
         head = ", ".join(cell(row[key]) for key in across)
         heads[head] = None
@@ -94,7 +95,8 @@ def table(shape, name, words):
         rows = fitting(result["rows"], columns, parts[1])
         lines = [[with_interval(row, column) for column in columns] for row in rows]
         return f"{measured}{markdown(columns, lines)}\n"
-    rows, across = fitting(result["rows"], columns, parts[2]), split(parts[1])
+    rows = fitting(result["rows"], columns, parts[2])
+    across = split(parts[1])
     if shape == "bare":
         return grid(rows, columns, across, lambda row, column: cell(row[column]))
     return f"{measured}{grid(rows, columns, across, with_interval)}\n"
@@ -118,7 +120,8 @@ def projection(rows, lookahead):
     known = {row["columns"]: row["against one"] for row in rows if row["after tokens"] == first}
     lines = []
     for temperature, measured in acceptance.items():
-        accepted, product = 0.0, 1.0
+        accepted = 0.0
+        product = 1.0
         for L, share in enumerate(measured["by_position"], 1):
             if (1 + L) ** 2 > max(known):
                 break

@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from files import (
-    InputError, check_number, check_seed, check_writable, device_named, load_tokenizer, new_parser,
-    read_checkpoint, run_script, windows, write_checkpoint, write_file, write_tensors)
+    InputError, check_no_checkpoint, check_number, check_seed, check_writable, device_named,
+    load_tokenizer, new_parser, read_checkpoint, run_script, windows, write_checkpoint, write_file,
+    write_tensors)
 from model import Cache, Config, Llama
 from train_lookahead import backward
 
@@ -162,7 +163,8 @@ def make_tokenizer(work, out):
 
 def tokens_of(folder, tokenizer, pattern="*.py"):
     """The files of a folder as one row of tokens, (N,), each from <s> to </s>; and their bytes."""
-    tokens, size = [], 0
+    tokens = []
+    size = 0
     for file in sorted(folder.glob(pattern)):
         text = file.read_text()
         tokens += [*tokenizer.encode(text), CONFIG["eos_token_id"]]
@@ -242,7 +244,8 @@ def train(model, args, settings, checkpoint, add_gradients, measure, rates=RATES
                mininterval=1 if sys.stderr.isatty() else 60)
     while state["step"] < args.steps:
         start = time.monotonic()
-        done, losses = state["step"] / args.steps, state["losses"]
+        done = state["step"] / args.steps
+        losses = state["losses"]
         losses.append(add_gradients(state["step"]))
         for weight, master in zip(weights, masters.values()):
             master.grad = weight.grad.float()
@@ -320,6 +323,8 @@ def main():
     except OSError as error:
         raise InputError(f"cannot write {error.filename}: {error.strerror}") from None
     check_writable(args.out / "model.safetensors")
+    checkpoint = args.work / "pretrain.checkpoint"
+    check_no_checkpoint(checkpoint, args.resume)
     make_corpus(args.work)
     if not (args.resume and (args.out / "tokenizer.model").exists()):
         make_tokenizer(args.work, args.out)
@@ -343,7 +348,7 @@ def main():
     def measure():
         return {name: round(held_out(model, t), 4) for name, (t, _) in held.items()}
 
-    curve = train(model, args, settings, args.work / "pretrain.checkpoint", add_gradients, measure)
+    curve = train(model, args, settings, checkpoint, add_gradients, measure)
     write_tensors(model.named_weights(), args.out / "model.safetensors", {"format": "pt"})
     write_file(args.out / "curve.svg", lambda path: path.write_text(picture(curve)))
     print("| held out | tokens | bytes per token | nats per token | bits per byte |\n"

@@ -50,7 +50,8 @@ def main():
     code = re.compile("(?m)^(def|class) ")
     texts = {"code": pieces(sources, code), "prose": pieces(prose, re.compile("^")),
              "modules": pieces(plain, code)}
-    chance, prompts = random.Random(0), {}
+    chance = random.Random(0)
+    prompts = {}
     for name, found in texts.items():
         if len(found) < PROMPTS:
             raise InputError(f"only {len(found)} pieces of {name} were found, {PROMPTS} are needed")

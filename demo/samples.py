@@ -10,7 +10,8 @@ def two_sample(a, b, rounds=9999):
     """p-value of a permutation test of equal means. a, b (prompts,samples): under the null
     hypothesis, that all samples of a prompt come from one distribution, any exchange between a and
     b within a prompt is as likely."""
-    both, n = torch.cat([a, b], 1).double(), a.shape[1]
+    both = torch.cat([a, b], 1).double()
+    n = a.shape[1]
     order = torch.rand(rounds, *both.shape, generator=torch.Generator().manual_seed(0)).argsort(2)
     shuffled = both.expand(rounds, -1, -1).gather(2, order)
 

@@ -310,7 +310,8 @@ BUGS = {
     },
     test_evaluate: {
         "acceptance measured at another temperature": ("a table says what is accepted at its own",
-            "params, measured = Params(temperature), []", "params, measured = Params(1), []"),
+            "params = Params(temperature)\n        measured",
+            "params = Params(1)\n        measured"),
         "acceptance measured at the first position": ("texts stand where they are said to",
             "offset = torch.full((len(text),), position,", "offset = torch.full((len(text),), 0,"),
     },
