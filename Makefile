@@ -48,7 +48,7 @@ bench: .venv/bench models/smollm2/model.safetensors  ## the main tables: half an
 	$(call measure,smollm2-memory,memory $(SMOLLM2))
 	.venv/bin/python demo/page.py
 
-bench-long: .venv/bench models/smollm2/model.safetensors  ## the others: four hours, 20 GB
+bench-long: .venv/bench models/smollm2/model.safetensors  ## the other tables: five hours, 20 GB
 	$(call measure,smollm2-cost-bfloat16,cost --model models/smollm2 --dtype bfloat16)
 	$(call measure,cost-7b,cost --shape 7b --rounds 5)
 	$(call measure,smollm2-speed-again,$(SPEED))
@@ -57,13 +57,13 @@ bench-long: .venv/bench models/smollm2/model.safetensors  ## the others: four ho
 	$(call measure,smollm2-quality,quality $(SMOLLM2) --count 20 --samples 24 \
 		--temperatures 0.6 1)
 	$(call measure,smollm2-quality-again,quality $(SMOLLM2) --count 20 --samples 24 \
-		--temperatures 0.6 1 --seed 1)
+		--temperatures 0.6 1 --seed 1000)
 	.venv/bin/python demo/humaneval.py $(SMOLLM2) --methods pass=3 fused=1 --problems 33 \
 		--execute --json $(OUT)/smollm2-humaneval.json
 	.venv/bin/python demo/page.py
 
 GGUF = models/smollm2/f16.gguf models/smollm2/q8_0.gguf
-peers: .venv/bench $(GGUF)  ## others, same weights: compiles llama.cpp, half an hour
+peers: .venv/bench $(GGUF)  ## other programs, same weights: compiles llama.cpp, half an hour
 	.venv/bin/python -m pip install -q llama-cpp-python
 	$(call measure,smollm2-peers,peers $(SMOLLM2) --kinds code --count 6 --temperatures 0 \
 		--rounds 2 --gguf $(GGUF))
@@ -71,7 +71,7 @@ peers: .venv/bench $(GGUF)  ## others, same weights: compiles llama.cpp, half an
 
 # On a GPU; `make bench-gpu OUT=FOLDER` leaves the files elsewhere.
 WITH_GPU = --device cuda --new-tokens 128
-bench-gpu: .venv/bench models/smollm2/model.safetensors  ## the same on a GPU
+bench-gpu: .venv/bench models/smollm2/model.safetensors  ## the main tables on a GPU
 	$(call measure,gpu-cost,cost --model models/smollm2 --device cuda)
 	$(call measure,gpu-cost-1b,cost --shape 1b --device cuda)
 	$(call measure,gpu-cost-7b,cost --shape 7b --device cuda)

@@ -8,7 +8,7 @@
     python bench.py quality --model DIR --lookahead FILE     are the texts as good?
     python bench.py peers --model DIR --lookahead FILE       how fast are others, same weights?
 
---json FILE keeps the numbers and what they were measured on; `make bench`, bench-long, bench-gpu
+--json FILE keeps the numbers and what they were measured on; `make bench`, bench-long and peers
 make the tables of demo/RESULTS.md. --methods takes METHOD[:LOOKAHEAD][=SHAPE], such as pass,
 fused=1, pass:FILE=2, "tree=0 1 00", tree=auto, draft-model=4.
 Read `interleaved`, `interval`, `compared`.

@@ -208,7 +208,7 @@ def add_common(add, model_required=True):
     """The words that scripts share. add: parser.add_argument."""
     add("--model", type=Path, required=model_required, help="folder of a Hugging Face LLaMA")
     add("--dtype", choices=DTYPES,
-        help="of the weights (default: the folder's; on an x86 CPU float16 for bfloat16)")
+        help="of the weights (default: the folder's; decoding on an x86 CPU: float16 for bfloat16)")
     add("--device", help="cpu or cuda (default: a GPU, if there is one)")
     add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
 

@@ -127,10 +127,12 @@ def distilled(args):
     settings = {"steps": args.steps, "seed": args.seed, "dtype": str(dtype),
                 "model": files.fingerprint(large.config),
                 "data and weights": files.digest(large, texts)}
-    curve = train(small, args, settings, args.out / "checkpoint", add_gradients,
+    checkpoint = args.out / "checkpoint"
+    curve = train(small, args, settings, checkpoint, add_gradients,
                   lambda: agreement(small, large, texts[:HELD], targets[:HELD]), RATES)
     write_config(small.config, args.model, args.out)
     files.write_tensors(small.named_weights(), args.out / "model.safetensors", {"format": "pt"})
+    checkpoint.unlink(missing_ok=True)
     yield f"{args.out}: {sum(p.numel() for p in small.parameters()) / 1e6:.1f} M parameters."
     for step, loss, shares, seconds in curve:
         yield {"step": step, "loss": loss} | shares | {"seconds": seconds}

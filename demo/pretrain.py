@@ -350,6 +350,7 @@ def main():
 
     curve = train(model, args, settings, checkpoint, add_gradients, measure)
     write_tensors(model.named_weights(), args.out / "model.safetensors", {"format": "pt"})
+    checkpoint.unlink(missing_ok=True)
     write_file(args.out / "curve.svg", lambda path: path.write_text(picture(curve)))
     print("| held out | tokens | bytes per token | nats per token | bits per byte |\n"
           "|---|---|---|---|---|")

@@ -3,10 +3,10 @@
 All chance enters a step through its uniforms, and between thresholds (the cumulative shares of
 what is drawn from, and p/q) its outcome is constant. tests/naive.py has each method as an
 algorithm that says where its thresholds are. So `every_path` lists all ways that chance can take,
-each a cell of uniforms with its size; then the step that the samplers run is run once for all
-cells, as one batch, at both ends of every cell. From the outcomes and the sizes `check_exact`
-adds up the distribution of the text, and compares it with the chain rule, p(x_1) p(x_2 | x_1) ..,
-of the naive model.
+each a cell of uniforms with its size; then the step that the samplers run is run on a batch of all
+cells, once at their lower ends and once at their upper. From the outcomes and the sizes
+`check_exact` adds up the distribution of the text, and compares it with the chain rule,
+p(x_1) p(x_2 | x_1) .., of the naive model.
 """
 from functools import cache
 

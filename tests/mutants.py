@@ -41,7 +41,7 @@ def exact_fused(code):
 def exact_tree(code):
     check_exact(code, "tree", (1.0,), BOTH, "0 1")
     check_exact(code, "tree", (2.0, 2), BOTH, "0 1", steps=2)
-    check_exact(code, "tree", (2.0, 2), BOTH, "0 1 00 10")
+    check_exact(code, "tree", (2.0, 2), BOTH, "0 1 00 10 11")
     check_exact(code, "tree", (0.0,), BOTH, "0 1 00", steps=3)
 
 
@@ -198,6 +198,8 @@ BUGS = {
             "cache.commit((1 + accepted) * s.alive)"),
         "a child tried twice": ("a node whose children were all rejected is the last",
             "going = next_node != node\n", "going = next_node == next_node\n"),
+        "children of another node": ("a draft follows its parent",
+            "parents.sort(key=lambda i: children[i].count(0))", "pass"),
         "q of another node": ("the rule is given the q of the drafts",
             "q_child = q[rows, child]", "q_child = q[rows, child.clamp(max=1)]"),
         "judged at another temperature than the model's": ("p is the target's",

@@ -27,7 +27,7 @@ SOME = [(0.0,), (1.0,), (1.0, 2), (0.7, 2, 0.8)]
     ("fused", BOTH, 1, (2.0, 2), 3),
     *[("tree", BOTH, tree, some, 1) for tree in ("0 00", "0 1", "0 1 00") for some in SETTINGS],
     ("tree", BOTH, "0 1", (1.0, 2), 2), ("tree", BOTH, "0 1", (0.0,), 3),
-    ("tree", BOTH, "0 1 00 10", (2.0, 2), 1), ("tree", BOTH, "0 1 00 10", (0.0,), 3),
+    ("tree", BOTH, "0 1 00 10 11", (2.0, 2), 1), ("tree", BOTH, "0 1 00 10", (0.0,), 3),
     ("draft-model", (), 2, (1.0,), 1), ("draft-model", (), 2, (1.0, 2), 2),
     ("draft-model", (), 1, (1.5,), 2)], ids=str)
 def test_steps(method, parts, shape, settings, steps):

@@ -214,6 +214,7 @@ def test_a_draft_model_is_distilled(folder, data, tmp_path, capsys, monkeypatch)
         pass_sampler, capsys, "--model", folder, "--method", "draft-model", "--draft-model", out,
         "--prompt", "x = 1", "--max-new-tokens", 20, "--json")
     assert code == 0 and json.loads(said)["method"] == "draft-model", err
+    (out / "checkpoint").touch()
     code, _, err = run_main(distill, capsys, *words)
     assert code == 2 and "checkpoint is there: give --resume" in err
     code, _, err = run_main(distill, capsys, *words[:-1], folder / "config.json")
