@@ -74,8 +74,9 @@ def algorithm(method, parts, shape):
     return lambda *more: step(model, *more, **words)
 
 
-def sampler(code, method, params, parts, shape, rows, slots):
-    """The Sampler that is to be checked, on random models of three tokens."""
+def run_cells(code, method, params, parts, shape, prompts, cells):
+    """Run steps, on random models of three tokens and on chosen uniforms. cells: per row and step
+    {uniform: value}. Returns, per row, a list over steps of the tokens that count."""
     llama, options = code.tiny(3, seed=3), {}
     if method in ("pass", "fused", "tree"):
         L = 3 if method == "tree" else shape
@@ -84,13 +85,8 @@ def sampler(code, method, params, parts, shape, rows, slots):
         options["tree"] = shape
     if method == "draft-model":
         options = {"draft_model": code.tiny(3, seed=9), "length": shape}
-    return code.pass_sampler.Sampler(llama, method, params, rows, slots, **options)
-
-
-def run_cells(code, method, params, parts, shape, prompts, cells):
-    """Run steps on chosen uniforms. cells: per row and step {uniform: value}. Returns, per row, a
-    list over steps of the tokens that count."""
-    s = sampler(code, method, params, parts, shape, len(prompts), 5 + 5 * len(cells[0]))
+    s = code.pass_sampler.Sampler(
+        llama, method, params, len(prompts), 5 + 5 * len(cells[0]), **options)
     outcomes = [[] for _ in prompts]
     with torch.inference_mode():
         s.alive.fill_(1)

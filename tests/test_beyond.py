@@ -23,7 +23,7 @@ SOME = [(0.0,), (1.0,), (1.0, 2), (0.7, 2, 0.8)]
     *[("pass", parts, 2, some, 1) for parts in (("memory",), ("head",), BOTH) for some in SOME],
     *[("fused", BOTH, 2, some, 1) for some in SOME],
     # From the second step on its drafts come from the group of the last accepted draft.
-    ("fused", (), 1, (1.0,), 2), ("fused", BOTH, 1, (1.0,), 2), ("fused", BOTH, 2, (1.0, 2), 2),
+    ("fused", (), 1, (1.0,), 2), ("fused", BOTH, 2, (1.0, 2), 2),
     ("fused", BOTH, 1, (2.0, 2), 3),
     *[("tree", BOTH, tree, some, 1) for tree in ("0 00", "0 1", "0 1 00") for some in SETTINGS],
     ("tree", BOTH, "0 1", (1.0, 2), 2), ("tree", BOTH, "0 1", (0.0,), 3),
@@ -129,8 +129,7 @@ def test_power_for_siblings():
 
 @pytest.mark.parametrize("method", BEYOND)
 def test_ragged_batches_follow_the_model(method):
-    parts = () if method == "draft-model" else BOTH
-    check_joint(REAL, method, Params(1), parts=parts, batches=10)
+    check_joint(REAL, method, Params(1), parts=BOTH, batches=10)
 
 
 def test_a_shortlist_that_cuts_follows_the_model(monkeypatch):

@@ -10,18 +10,12 @@ from safetensors.torch import load_file, save_file
 from common import FIXTURE
 from files import InputError, load_tokenizer
 from model import Config, Llama, has_fbgemm
+from test_model import config_with
 
 tokenizers = pytest.importorskip("tokenizers")
 DEFAULT = {"rope_type": "default"}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
-
-
-def config(tmp_path, **changes):
-    raw = json.loads((FIXTURE / "plain" / "config.json").read_text())
-    del raw["rope_parameters"]
-    (tmp_path / "config.json").write_text(json.dumps(raw | changes))
-    return Config.load(tmp_path)
 
 
 # --------------------------------------------------- rotary keys
@@ -42,7 +36,8 @@ def config(tmp_path, **changes):
     ({"partial_rotary_factor": None, "sliding_window": None}, 1e4, "default"),
 ])
 def test_rotary_keys(changes, theta, scaling, tmp_path):
-    found = config(tmp_path, **changes)
+    changes = {"rope_parameters": None} | changes
+    found = Config.load(config_with(FIXTURE / "plain", tmp_path, **changes))
     assert found.rope_theta == theta and found.rope["rope_type"] == scaling
 
 
@@ -66,8 +61,7 @@ def test_a_tied_config_with_a_head_of_its_own(tmp_path):
 @pytest.mark.skipif(not has_fbgemm("cpu"), reason="no FBGEMM here")
 @pytest.mark.parametrize("large", [7e4, 1e5, 3e38])
 def test_what_does_not_fit_float16_stays_float32(large, tmp_path):
-    raw = json.loads((FIXTURE / "untied" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(raw | {"dtype": "bfloat16"}))
+    config_with(FIXTURE / "untied", tmp_path, dtype="bfloat16")
     weights = load_file(FIXTURE / "untied" / "model.safetensors")
     weights["lm_head.weight"][3] = large
     weights["lm_head.weight"][4] = large / 2

@@ -92,16 +92,13 @@ def test_text_that_the_terminal_cannot_show(encoding, folder, tmp_path):
     assert result.returncode == 0 and b"9 tokens" in result.stderr, result.stderr
 
 
-def test_exit_code_and_streams_that_are_closed(folder):
+def test_streams_that_are_closed(folder):
     script = (f"{sys.executable} {ROOT / 'pass_sampler.py'} --model {folder} --samples 3 "
               "--max-new-tokens 50")
 
     def shell(end):
         return subprocess.run(f"{script} {end}", shell=True, capture_output=True, text=True)
 
-    bad = shell("--temperature -1")
-    assert bad.returncode == 2 and bad.stdout == ""
-    assert bad.stderr.startswith("error: temperature") and bad.stderr.count("\n") == 1
     closed = shell("| head -c 1 > /dev/null")
     assert closed.stderr.count("\n") <= 1 and "rror" not in closed.stderr
     for end in (">&-", "- <&-"):

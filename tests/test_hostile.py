@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 import files
 import pass_sampler
-import train_lookahead
 from common import ROOT, run_main
 from files import InputError, write_tensors
 from model import Llama
@@ -43,9 +42,8 @@ def refused(capsys, *words):
     (["--temperature", "inf"], "temperature and top-k must be"),
     (["--top-k", "-1"], "temperature and top-k must be"),
     (["--top-k", "5"], "need a --temperature above 0"), (["--top-p", "0"], "top-p above 0"),
-    (["--max-new-tokens", "0"], "at least one"), (["--samples", 10**8], "samples must be 1 to"),
+    (["--samples", 10**8], "samples must be 1 to"), (["--length", 10**10], "length must be"),
     (["--seed", 2**64], "seed must be"), (["--seed", -1], "seed must be"),
-    (["--seed", 1732600000000000000], "seed must be"), (["--length", 10**10], "length must be"),
     (["--device", "meta"], "device 'meta' cannot"), (["--device", "cuda:99"], "cannot be used"),
     (["--method", "draft-model", "--draft-model", "nowhere"], "no model folder nowhere"),
     (["--method", "tree", "--tree", "9" * 5000], "must be digits, and stand with"),
@@ -185,37 +183,28 @@ def test_only_a_lack_of_memory_is_called_one():
         assert not files.MEMORY.search(said)
 
 
-def test_read_only_folder(folder, data, tmp_path, capsys, monkeypatch):
+def test_read_only_folder(tmp_path, monkeypatch):
     # Tests may run as root, who may write everywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    words = ["--model", folder, "--data", data, "--steps", 1, "--out", tmp_path / "out"]
-    code, out, err = run_main(train_lookahead, capsys, *words)
-    assert code == 2 and err.startswith("error: cannot write") and err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="cannot write"):
+        files.check_writable(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["pass_sampler.py", "train_lookahead.py"])
-def test_interrupted(name, folder, data, tmp_path):
+def test_interrupted(folder, data, tmp_path):
     """Ctrl-C, once there is something to see: exit code 130, no traceback, no output file."""
-    words = ["--model", ROOT / "demo" / "model", "--max-new-tokens", 900]
-    if name == "train_lookahead.py":
-        words = ["--model", folder, "--data", data, "--out", tmp_path / "out"]
+    words = ["--model", folder, "--data", data, "--out", tmp_path / "out"]
     process = subprocess.Popen(  # nohup would have it ignore Ctrl-C
-        script(name, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        script("train_lookahead.py", *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    if name == "pass_sampler.py":
-        process.stdout.read(1)
-    else:
-        while b"step 0" not in process.stderr.readline():
-            assert process.poll() is None
+    while b"step 0" not in process.stderr.readline():
+        assert process.poll() is None
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and b"Traceback" not in err
     assert not (tmp_path / "out").exists()
-    if name == "train_lookahead.py":
-        saved = (tmp_path / "out.checkpoint").exists()
-        assert (b"--resume goes on" if saved else b"nothing is saved yet") in err
+    saved = (tmp_path / "out.checkpoint").exists()
+    assert (b"--resume goes on" if saved else b"nothing is saved yet") in err
 
 
 def test_what_is_no_regular_file_stays_what_it_is(tmp_path):

@@ -16,10 +16,8 @@ from pass_sampler import METHODS, Params, Sampler, generate
 from test_equivalence import options
 
 
-def run(code, llama, method, prompts, n, params=None, L=3, **more):
-    words = options(method, llama, L)
-    params = params or code.pass_sampler.Params(0)
-    return code.pass_sampler.generate(llama, prompts, method, params, n, **words, **more)
+def run(llama, method, prompts, n, params, **more):
+    return generate(llama, prompts, method, params, n, **options(method, llama), **more)
 
 
 # ------------------------------------------ where texts end
@@ -93,7 +91,7 @@ def test_seeds_and_many_prompts(method):
 
 def test_long_prompts_are_prefilled_in_blocks(monkeypatch):
     llama, prompts = tiny(30, context=256), [list(range(20)) * 4, [1], list(range(9))]
-    texts = lambda: run(REAL, llama, "pass", prompts, 20, Params(1))["tokens"]
+    texts = lambda: run(llama, "pass", prompts, 20, Params(1))["tokens"]
     whole = texts()
     monkeypatch.setattr(REAL.pass_sampler, "PREFILL", 8)
     assert texts() == whole
@@ -102,7 +100,7 @@ def test_long_prompts_are_prefilled_in_blocks(monkeypatch):
 def test_streamed_tokens_are_the_result():
     llama, seen = tiny(30), [[], []]
     note = lambda row, token, from_draft: seen[row].append((token, from_draft))
-    result = run(REAL, llama, "pass", [[1], [2, 3, 4]], 20, Params(1), on_token=note)
+    result = run(llama, "pass", [[1], [2, 3, 4]], 20, Params(1), on_token=note)
     assert seen == [list(zip(*row)) for row in zip(result["tokens"], result["from_draft"])]
     own = [row.count(False) for row in result["from_draft"]]  # one per pass, but where a text ends
     assert result["passes"] - max(own) in (0, 1) and min(own) < 20
@@ -213,7 +211,6 @@ def test_recordable(code=REAL):
 
 @pytest.mark.parametrize("method, more, says", [
     ("magic", {}, "there is no method 'magic', only autoregressive, pass, fused"),
-    ("parallel", {}, "there is no method 'parallel'"),
     ("autoregressive", {"lookahead": 1}, "lookahead has no effect on method autoregressive"),
     ("pass", {"lookahead": 1, "tree": "0"}, "tree has no effect on method pass, which has: look"),
     ("pass", {}, "pass needs a lookahead"),
@@ -260,7 +257,7 @@ def test_logits_that_are_not_finite_are_reported(method, temperature):
         llama.norm.fill_(weight)
         llama.output.mul_(1e3)
         with pytest.raises(InputError, match="not finite"):
-            run(REAL, llama, method, [[1, 2]], 9, Params(temperature))
+            run(llama, method, [[1, 2]], 9, Params(temperature))
 
 
 @pytest.mark.parametrize("method", [*METHODS][1:])

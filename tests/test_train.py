@@ -21,12 +21,12 @@ import files
 import naive
 import train_lookahead
 from beyond.lookahead import initial_head, initial_memory
-from common import REAL, ROOT, random_lookahead, run_main, tiny
+from common import REAL, ROOT, run_main, tiny
 from files import load_tokenizer
 from model import Cache, Config, Llama
-from pass_sampler import Lookahead
 
-SMALL = ["--length", 2, "--memory", 3, "--head", 4]
+SMALL = ["--length", "2", "--memory", "3", "--head", "4"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(autouse=True)
@@ -141,20 +141,6 @@ def test_what_training_begins_with():
     assert rates == pytest.approx([0.1, 0.498, 0.976, 0.5, 0], abs=1e-3)
 
 
-def test_positions_may_be_shifted_together():
-    """Rotary attention is relative: without memory a common offset changes nothing; the memory is
-    not rotated, so it does."""
-    model, g = tiny(30), torch.Generator().manual_seed(0)
-    text, places = torch.randint(30, (1, 12), generator=g), torch.tensor([[2, 7]])
-    plus = random_lookahead(model, 2)
-    for lookahead, same in ((Lookahead(plus.embeddings), True), (plus, False)):
-        h = []
-        for offset in (torch.tensor([0]), torch.tensor([40])):
-            read = train_lookahead.prefix(model, text, offset, 4)
-            h.append(train_lookahead.states(model, lookahead, text, places, offset, *read)[0])
-        assert torch.allclose(*h, atol=1e-4) == same
-
-
 def test_frozen(code=REAL):
     """Two steps of training leave every weight of the model as it was, and change every part of
     the look-ahead."""
@@ -175,14 +161,21 @@ def test_frozen(code=REAL):
 
 # -------------------------------------------------- the script
 
-def train(capsys, folder, data, out, *more):
-    words = ["--model", folder, "--data", data, *SMALL, "--out", out, *more]
-    return run_main(train_lookahead, capsys, *words)
+@pytest.fixture
+def words(folder, data):
+    """words(out, ..): a command line of the script."""
+    return lambda *more: ["--model", folder, "--data", data, *SMALL, "--out", *more]
 
 
-def test_trains_the_lookahead(folder, data, tmp_path, capsys):
+@pytest.fixture
+def train(words, capsys):
+    """train(out, ..) -> exit code, stdout, stderr."""
+    return lambda *more: run_main(train_lookahead, capsys, *words(*more))
+
+
+def test_trains_the_lookahead(train, folder, tmp_path):
     out = tmp_path / "a.safetensors"
-    code, said, err = train(capsys, folder, data, out, "--steps", 200, "--objective", "kl")
+    code, said, err = train(out, "--steps", 200, "--objective", "kl")
     assert code == 0 and "a.safetensors: 200 steps" in said, err
     with safe_open(out, "pt") as file:
         about = json.loads(file.metadata()["lookahead"])
@@ -221,32 +214,30 @@ files.run_script(t.main)
 """
 
 
-def test_killed_and_resumed_ends_bit_for_bit_the_same(folder, data, tmp_path, capsys, monkeypatch):
+def test_killed_and_resumed_ends_bit_for_bit_the_same(train, words, data, tmp_path, monkeypatch):
     """Killed after step 3 of 8 where texts serve for two steps: the run goes on amid them and reads
     new ones."""
     monkeypatch.setattr(train_lookahead, "READ_FOR", 2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    code, _, err = train(capsys, folder, data, whole, "--steps", 8, "--resume")
+    code, _, err = train(whole, "--steps", 8, "--resume")
     assert code == 0 and "going on from step 0" in err
     shutil.copytree(data, tmp_path / "data")
     held = files.split_files([data], "")[1][0]  # only what is measured on differs
     (tmp_path / "data" / held.name).write_text(held.read_text() + "#")
     (tmp_path / "ordinary").touch()
     assert whole.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = ["--model", folder, "--data", data, *SMALL, "--out", parts, "--steps", 8]
-    command = [sys.executable, "-c", KILL, *map(str, words)]
-    killed = subprocess.run(command, env=environment, capture_output=True)
+    command = [sys.executable, "-c", KILL, *words(parts, "--steps", "8")]
+    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True)
     assert killed.returncode == -signal.SIGKILL and not parts.exists()
-    code, out, err = train(capsys, folder, data, parts, "--steps", 8)
-    assert code == 2 and "parts.checkpoint is there: give --resume" in err
-    code, out, err = train(capsys, folder, data, parts, "--steps", 8, "--resume", "--head", 8)
-    assert code == 2 and "made with other settings (head 4, now 8)" in err
-    code, out, err = train(capsys, folder, tmp_path / "data", parts, "--steps", 8, "--resume")
-    assert code == 2 and "other settings (data and weights" in err
-    code, out, err = train(capsys, folder, data, parts, "--steps", 8, "--resume")
+    for more, says in (
+            ([], "parts.checkpoint is there: give --resume"),
+            (["--resume", "--head", 8], "made with other settings (head 4, now 8)"),
+            (["--resume", "--data", tmp_path / "data"], "other settings (data and weights")):
+        code, _, err = train(parts, "--steps", 8, *more)
+        assert code == 2 and says in err
+    code, out, err = train(parts, "--steps", 8, "--resume")
     assert code == 0 and "8 steps" in out and "going on from step 3" in err
-    code, out, err = train(capsys, folder, data, parts, "--steps", 8, "--resume")
+    code, out, err = train(parts, "--steps", 8, "--resume")
     assert code == 2 and "there is nothing to resume" in err
     assert whole.read_bytes() == parts.read_bytes()
     lines = [[json.loads(line) | {"seconds": 0} for line in open(f"{path}.jsonl")]
@@ -282,7 +273,7 @@ def test_files_that_are_no_text_are_left_out(folder, data, tmp_path):
     assert all(map(torch.equal, before, files.read_data(tokenizer, [tmp_path / "data"], "", 128)))
 
 
-def test_trains_on_texts_that_the_model_writes(folder, data, tmp_path, capsys):
+def test_trains_on_texts_that_the_model_writes(train, folder, data, tmp_path, capsys):
     """As many as were asked for, a third per temperature; the greedy ones are the model's own
     continuation of their prompts. They are for that model alone."""
     texts = tmp_path / "texts"
@@ -294,22 +285,20 @@ def test_trains_on_texts_that_the_model_writes(folder, data, tmp_path, capsys):
     h = model(pool[:, :-1], Cache(model, 6, 128))
     best = (model.logits(h).argmax(-1) == pool[:, 1:])[:, 47:].float().mean(1)
     assert (best[:2] > 0.95).all() and (best[4:] < 0.95).all()
-    code, out, err = train(capsys, folder, data, tmp_path / "out", "--texts", texts, "--steps", 2)
+    code, out, err = train(tmp_path / "out", "--texts", texts, "--steps", 2)
     assert code == 0 and "2 steps" in out, err
     for other in (folder / "model.safetensors", tmp_path / "out"):
-        code, _, err = train(capsys, folder, data, tmp_path / "out", "--texts", other)
+        code, _, err = train(tmp_path / "out", "--texts", other)
         assert code == 2 and "no texts by this model" in err
     assert run_main(beyond.own_texts, capsys, *words, "--count", 7)[0] == 2
 
 
-def test_two_processes_end_where_one_does(folder, data, tmp_path, capsys):
+def test_two_processes_end_where_one_does(train, words, tmp_path):
     for name, seed in (("one", 0), ("other", 1)):
-        assert train(capsys, folder, data, tmp_path / name, "--steps", 4, "--seed", seed)[0] == 0
-    words = ["--model", folder, "--data", data, *SMALL, "--out", tmp_path / "two", "--steps", 4]
+        assert train(tmp_path / name, "--steps", 4, "--seed", seed)[0] == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               "2", ROOT / "train_lookahead.py", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+               "2", ROOT / "train_lookahead.py", *words(tmp_path / "two", "--steps", "4")]
+    subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
     one, two, other = (load_file(tmp_path / name) for name in ("one", "two", "other"))
     for name in one:  # rounding, in bfloat16, is far from what other texts would have made
         rounding = (one[name] - two[name]).float().norm()
@@ -325,6 +314,6 @@ def test_two_processes_end_where_one_does(folder, data, tmp_path, capsys):
     (["--out", "/nowhere/file"], "its folder must exist"),
     (["--texts", "nowhere"], "cannot read nowhere"),
 ])
-def test_bad_input(change, says, folder, data, tmp_path, capsys):
-    code, out, err = train(capsys, folder, data, tmp_path / "out", *change)
+def test_bad_input(change, says, train, tmp_path):
+    code, out, err = train(tmp_path / "out", *change)
     assert code == 2 and says in err and err.count("\n") == 1 and list(tmp_path.iterdir()) == []
