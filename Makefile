@@ -58,6 +58,8 @@ bench-long: .venv/bench models/smollm2/model.safetensors  ## the other tables: f
 		--temperatures 0.6 1)
 	$(call measure,smollm2-quality-again,quality $(SMOLLM2) --count 20 --samples 24 \
 		--temperatures 0.6 1 --seed 1000)
+	$(call measure,smollm2-quality-third,quality $(SMOLLM2) --kinds prose --count 20 --samples 24 \
+		--temperatures 1 --methods pass --seed 2000)
 	.venv/bin/python demo/humaneval.py $(SMOLLM2) --methods pass=3 fused=1 --problems 33 \
 		--execute --json $(OUT)/smollm2-humaneval.json
 	.venv/bin/python demo/page.py
