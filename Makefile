@@ -32,6 +32,7 @@ measure = mkdir -p $(OUT); $(BENCH) $(2) --json $(OUT)/$(1).json
 PAPER = pass:unk pass:demo/smollm2-paper.safetensors
 SPEED = speed $(SMOLLM2) --count 6 --temperatures 0 1 \
 	--methods $(PAPER) pass=3 pass fused=1 "tree=0 1"
+QUALITY = quality $(SMOLLM2) --count 20 --samples 24
 
 bench: .venv/bench models/smollm2/model.safetensors  ## the main tables: half an hour
 	$(call measure,smollm2-cost,cost --model models/smollm2)
@@ -54,12 +55,10 @@ bench-long: .venv/bench models/smollm2/model.safetensors  ## the other tables: f
 	$(call measure,smollm2-speed-again,$(SPEED))
 	$(call measure,smollm2-rows,speed $(SMOLLM2) --kinds code --count 16 --new-tokens 32 \
 		--temperatures 0 --rows 1 2 4 8 16)
-	$(call measure,smollm2-quality,quality $(SMOLLM2) --count 20 --samples 24 \
-		--temperatures 0.6 1)
-	$(call measure,smollm2-quality-again,quality $(SMOLLM2) --count 20 --samples 24 \
-		--temperatures 0.6 1 --seed 1000)
-	$(call measure,smollm2-quality-third,quality $(SMOLLM2) --kinds prose --count 20 --samples 24 \
-		--temperatures 1 --methods pass --seed 2000)
+	$(call measure,smollm2-quality,$(QUALITY) --temperatures 0.6 1)
+	$(call measure,smollm2-quality-again,$(QUALITY) --temperatures 0.6 1 --seed 1000)
+	$(call measure,smollm2-quality-third,$(QUALITY) --temperatures 1 --seed 2000 \
+		--kinds prose --methods pass)
 	.venv/bin/python demo/humaneval.py $(SMOLLM2) --methods pass=3 fused=1 --problems 33 \
 		--execute --json $(OUT)/smollm2-humaneval.json
 	.venv/bin/python demo/page.py

@@ -152,6 +152,11 @@ def decoder(args, model, tokenizer, spec, params, rows, context, stop_tokens=())
         prompts, args.new_tokens, seed, stop_tokens=stop_tokens)
 
 
+def all_decoders(args, model, tokenizer, methods, *more):
+    """A `decoder` of plain decoding and of each method, before the work: a bad one is said now."""
+    return [decoder(args, model, tokenizer, spec, *more) for spec in ["autoregressive", *methods]]
+
+
 def compared(args, model, tokenizer, methods, peers=None):
     """Paragraphs and rows: for each text, number of rows, temperature and top-k, the methods that
     methods(temperature) names, and peers {name: f(new_tokens, params, prompts, seed)}."""
@@ -163,10 +168,8 @@ def compared(args, model, tokenizer, methods, peers=None):
         some = prompts[kind]
         units = [(some * rows)[i:i + rows] for i in range(0, len(some), rows)]
         context = max(map(len, some)) + args.new_tokens
-        decoders = {}
-        for spec in ["autoregressive", *methods(t)]:
-            name, decode = decoder(args, model, tokenizer, spec, Params(t, k), rows, context)
-            decoders[name] = decode
+        decoders = dict(
+            all_decoders(args, model, tokenizer, methods(t), Params(t, k), rows, context))
         for name, peer in (peers or {}).items():
             decoders[name] = partial(peer, args.new_tokens, Params(t, k))
         for name, row in against_first(decoders, units, args, f"{kind} at {t:g}").items():
@@ -340,10 +343,8 @@ def quality(args):
         some = prompts[kind]
         plain = None
         context = max(map(len, some)) + args.new_tokens
-        decoders = []  # all of them now: what cannot be made is said before the work
-        for name in ["autoregressive", *args.methods]:
-            decoders.append(decoder(
-                args, model, tokenizer, name, Params(t), args.samples, context, None))
+        decoders = all_decoders(
+            args, model, tokenizer, args.methods, Params(t), args.samples, context, None)
         for number, (name, decode) in enumerate(decoders):
             judged = []
             for i in tqdm(range(len(some)), f"{name} at {t:g}", leave=False, disable=None):

@@ -288,7 +288,7 @@ class Llama(nn.Module):
     def named_weights(self):
         """The weights by their Hugging Face names: views of the fused matrices."""
         c = self.config
-        E = self.config.head_dim
+        E = c.head_dim
         named = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
         if not c.tied:
             named["lm_head.weight"] = self.output

@@ -115,10 +115,8 @@ def human_eval(args):
            f"look-ahead {args.lookahead}. From, to: 95 %.")
     for temperature in args.temperatures:
         plain = None
-        decoders = []  # all of them now: what cannot be made is said before the work
-        for name in ["autoregressive", *args.methods]:
-            decoders.append(bench.decoder(
-                args, model, tokenizer, name, Params(temperature), args.samples, context, None))
+        decoders = bench.all_decoders(
+            args, model, tokenizer, args.methods, Params(temperature), args.samples, context, None)
         for number, (name, decode) in enumerate(decoders):
             right = right_programs(problems, args.samples, tokenizer, decode,
                                    args.seed + 10_000 * number, f"{name} at {temperature:g}")
