@@ -5,32 +5,39 @@
     python bench.py speed --model DIR --lookahead FILE       how fast is each method?
     python bench.py length --model DIR --lookahead FILE      how many look-ahead tokens, which tree?
     python bench.py memory --model DIR --lookahead FILE      what is added, what is held at most?
-    python bench.py quality --model DIR --lookahead FILE     are the texts as good?
-    python bench.py peers --model DIR --lookahead FILE       how fast are others, same weights?
 
---json FILE keeps the numbers and what they were measured on; `make bench`, bench-long and peers
-make the tables of demo/RESULTS.md. --methods takes METHOD[:LOOKAHEAD][=SHAPE], such as pass,
-fused=1, pass:FILE=2, "tree=0 1 00", tree=auto, draft-model=4.
-Read `interleaved`, `interval`, `compared`.
+--json FILE keeps the numbers and what they were measured on. `make bench` and `make bench-long`
+make the tables of results/README.md; results/ has what else is measured. --methods takes
+METHOD[:LOOKAHEAD][=SHAPE], such as pass, fused=1, pass:FILE=2, "tree=0 1 00", tree=auto,
+draft-model=4. Read `interleaved`, `interval`, `compared`.
 """
+import ctypes
 import itertools
 import platform
 import re
 import statistics
 import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-import files
 from beyond.draft_model import load_draft_model
-from beyond.own_texts import PROMPT, own_texts
+from beyond.own_texts import own_texts
+from beyond.training import accepted_of_several
 from beyond.tree import best_of, choose, table_for
-from files import InputError
-from model import DTYPES, Cache, Config, Llama, has_fbgemm, load_model, pack
-from pass_sampler import Params, Sampler, load_lookahead, options_of
+from model import Cache, Config, Llama, has_fbgemm, load_model, pack
+from pass_sampler import Params, Sampler, load_lookahead, method_named, method_options
+from support.data import PROMPT
+from support.errors import DTYPES, InputError, check_number, check_seed, device_named, run_script
+from support.prompts import read_prompts
+from support.tables import print_tables
+from support.terminal import add_common, new_parser
+from support.tokenizer import Tokenizer
 from train_lookahead import evaluate
 
 ROOT = Path(__file__).resolve().parent
@@ -38,7 +45,8 @@ ROOT = Path(__file__).resolve().parent
 # ------------------------------------------------------------- timing
 
 
-def interleaved(functions, units, rounds, what):
+def interleaved(functions: dict[str, Callable], units: list, rounds: int, what: str
+                ) -> dict[str, Tensor]:
     """Seconds {name: (units,rounds)} of functions {name: f(unit, round) -> seconds}.
 
     What disturbs a machine lasts for seconds or minutes. So on each unit all functions take turns,
@@ -56,7 +64,7 @@ def interleaved(functions, units, rounds, what):
     return seconds
 
 
-def interval(ratios, resamples=2000):
+def interval(ratios: Tensor, resamples: int = 2000) -> tuple[float, float, float]:
     """Median of ratios (units,rounds) and its 95 % interval, (middle, low, high): the bootstrap
     draws units anew, and of each its rounds."""
     generator = torch.Generator().manual_seed(0)
@@ -68,7 +76,8 @@ def interval(ratios, resamples=2000):
     return ratios.quantile(0.5).item(), low, high
 
 
-def against_first(decoders, units, args, what):
+def against_first(decoders: dict[str, Callable], units: list, args: Namespace, what: str
+                  ) -> dict[str, dict]:
     """Rows {name: row}: each of decoders {name: f(prompts, seed) -> result} against the first.
 
     A unit is the prompts that are decoded side by side. Time per token, without prefill.
@@ -96,7 +105,7 @@ def against_first(decoders, units, args, what):
 
 # --------------------------------------------------- what commands share
 
-def machine(model):
+def machine(model: Llama) -> str:
     """What was measured on, in one line."""
     device = model.embedding.device
     name = platform.machine()
@@ -109,58 +118,71 @@ def machine(model):
             f"{model.precision}, {parameters(model) / 1e6:.1f} M parameters")
 
 
-def parameters(model):
+def parameters(model: Llama) -> int:
+    """How many numbers a model has."""
     plain = Llama(model.config, device="meta")  # a packed model has no plain matrices
     return sum(p.numel() for p in plain.parameters())
 
 
-def described(args, model, prompts):
+def described(args: Namespace, model: Llama, prompts: dict) -> str:
+    """What was measured, in one line."""
     lengths = [len(prompt) for some in prompts.values() for prompt in some]
     return (f"{machine(model)}. {len(lengths)} held-out prompts of {min(lengths)} to "
             f"{max(lengths)} tokens, {args.new_tokens} new ones. Look-ahead, where none is named: "
             f"{args.lookahead}.")
 
 
-def decoder(args, model, tokenizer, spec, params, rows, context, stop_tokens=()):
+def decoder(args: Namespace, model: Llama, tokenizer: Tokenizer, spec: str, params: Params,
+            rows: int, context: int, stop_tokens: tuple | None = ()) -> tuple[str, Callable]:
     """A name, and a function(prompts, seed) -> result. spec: METHOD[:FILE][=SHAPE]. By default no
     token ends a text: unequal lengths do not compare."""
-    head, _, shape = spec.partition("=")
-    method, _, file = head.partition(":")
-    known = options_of(method)
-    options = {}
-    number = None
-    if shape and "tree" in known:
-        options["tree"] = shape
-    elif shape and not shape.isdecimal():
-        raise InputError(f"{spec!r}: {shape} must be a number, or the method a tree")
-    elif shape:
-        number = int(shape)
-    if file or "lookahead" in known:
-        options["lookahead"] = load_lookahead(file or args.lookahead, model, number, tokenizer)
-    elif number is not None:
-        options["length"] = number
-    if "draft_model" in known and args.draft_model:
-        options["draft_model"] = load_draft_model(args.draft_model, model, tokenizer)
-    if shape == "auto":
+    method, given = given_by(args, spec)
+    auto = given.get("tree") == "auto"
+    if auto:
+        del given["tree"]
+    options = method_options(method, given, model, tokenizer)
+    if auto:
         options["tree"] = choose(
             model, options["lookahead"], params.temperature, rows, not args.no_graph)
         spec = f"{spec} ({options['tree'] or 'plain decoding'})"
-        if options["tree"] is None:  # none is worth its columns
+        if options["tree"] is None:  # None is worth its columns.
             method, options = "autoregressive", {}
     sampler = Sampler(model, method, params, rows, context, not args.no_graph, **options)
     return spec, lambda prompts, seed: sampler.generate(
         prompts, args.new_tokens, seed, stop_tokens=stop_tokens)
 
 
-def all_decoders(args, model, tokenizer, methods, *more):
+def given_by(args: Namespace, spec: str) -> tuple[str, dict]:
+    """The method of METHOD[:FILE][=SHAPE] and its words, as a command line would give them."""
+    head, _, shape = spec.partition("=")
+    name, _, file = head.partition(":")
+    method = method_named(name)
+    given = {}
+    for word in ("lookahead", "draft_model"):
+        if word in method.words:
+            given[word] = getattr(args, word)
+    if file:
+        given["lookahead"] = file
+    if shape:
+        kind = method.words.get(method.shape, {}).get("type", str)
+        try:
+            given[method.shape] = kind(shape)
+        except ValueError:
+            raise InputError(f"{spec!r}: {shape} must be a number") from None
+    return name, given
+
+
+def all_decoders(args: Namespace, model: Llama, tokenizer: Tokenizer, methods: list[str], *more
+                 ) -> list[tuple[str, Callable]]:
     """A `decoder` of plain decoding and of each method, before the work: a bad one is said now."""
     return [decoder(args, model, tokenizer, spec, *more) for spec in ["autoregressive", *methods]]
 
 
-def compared(args, model, tokenizer, methods, peers=None):
+def compared(args: Namespace, model: Llama, tokenizer: Tokenizer, methods: Callable,
+             peers: dict[str, Callable] | None = None) -> Iterator[str | dict]:
     """Paragraphs and rows: for each text, number of rows, temperature and top-k, the methods that
     methods(temperature) names, and peers {name: f(new_tokens, params, prompts, seed)}."""
-    prompts = files.read_prompts(args, tokenizer, model.config)
+    prompts = read_prompts(args, tokenizer, model.config)
     yield described(args, model, prompts)
     yield (f"Times as fast: time per token of the first method by that of this, prefill apart, "
            f"median over prompts and {args.rounds} rounds; from, to: its 95 % interval.")
@@ -180,7 +202,7 @@ def compared(args, model, tokenizer, methods, peers=None):
 # ----------------------------------------------------------- commands
 
 @torch.inference_mode()
-def cost(args):
+def cost(args: Namespace) -> Iterator[str | dict]:
     """What a pass over T columns costs. The paper assumes: little more than over one."""
     model = random_model(args) if args.shape else load_model(args)[0]
     columns = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
@@ -202,8 +224,11 @@ def cost(args):
     yield f"One column reads {read / 1e6:.0f} MB of weights."
 
 
-def timed_pass(model, cache, T, graph):
-    """A function(unit, round) -> seconds of a pass over T columns, recorded as steps are."""
+def timed_pass(model: Llama, cache: Cache, T: int, graph: bool) -> Callable:
+    """A function(unit, round) -> seconds of a pass over T columns.
+
+    On a GPU the pass is recorded as a CUDA graph and replayed, as `Sampler` does with a step.
+    """
     tokens = torch.zeros(1, T, dtype=torch.long, device=model.embedding.device)
 
     def run():
@@ -235,14 +260,14 @@ SHAPES = {  # LLaMA 2 7B, and TinyLlama 1.1B
 }
 
 
-def random_model(args):
+def random_model(args: Namespace) -> Llama:
     """A model of args.shape. What its weights say does not change the time of a pass."""
     shape = SHAPES[args.shape]
     config = Config(**shape, head_dim=shape["dim"] // shape["n_heads"], norm_eps=1e-5,
                     rope_theta=10000.0, rope={"rope_type": "default"}, context=4096, tied=False,
                     dtype="bfloat16", stop_tokens=())
     dtype = DTYPES.get(args.dtype, torch.bfloat16)
-    device = files.device_named(args.device)
+    device = device_named(args.device)
     model = Llama(config, dtype, device).requires_grad_(False)
     for weight in model.parameters():
         weight.normal_(0, 0.02)
@@ -251,11 +276,11 @@ def random_model(args):
     return model
 
 
-def acceptance(args):
+def acceptance(args: Namespace) -> Iterator[str | dict]:
     """How often a draft is accepted, on texts that the model writes after the prompts."""
     model, tokenizer = load_model(args)
     lookahead = load_lookahead(args.lookahead, model, tokenizer=tokenizer)
-    prompts = files.read_prompts(args, tokenizer, model.config)
+    prompts = read_prompts(args, tokenizer, model.config)
     L = len(lookahead.embeddings)
     shortest = min(len(prompt) for some in prompts.values() for prompt in some)
     if shortest < PROMPT or args.new_tokens <= L:
@@ -272,19 +297,19 @@ def acceptance(args):
         for t in args.temperatures:
             texts = {t: own_texts(model, ends, t, args.seed, length)}
             for start in args.positions:
-                table = evaluate(model, lookahead, texts, start)[t]
+                table = evaluate(model, lookahead, texts, start, accepted_of_several)[t]
                 for j, ranks in enumerate(table["by_rank"], 1):
                     row = {"text": kind, "temperature": t, "first token at": start, "draft": j}
                     row |= {f"one of {k}": share for k, share in enumerate(ranks, 1)}
                     yield row | {"of the chain": table["expected"]}
 
 
-def speed(args):
+def speed(args: Namespace) -> Iterator[str | dict]:
     """How fast each method is, against plain decoding of the same prompts."""
     yield from compared(args, *load_model(args), lambda temperature: args.methods)
 
 
-def length(args):
+def length(args: Namespace) -> Iterator[str | dict]:
     """How many look-ahead tokens, and which tree: the best of so many columns, by the acceptance
     in the file."""
     model, tokenizer = load_model(args)
@@ -300,19 +325,19 @@ def length(args):
     yield from compared(args, model, tokenizer, methods)
 
 
-def memory(args):
+def memory(args: Namespace) -> Iterator[str | dict]:
     """What a method adds to the model, and what is held at most."""
     model, tokenizer = load_model(args)
     lookahead = load_lookahead(args.lookahead, model, tokenizer=tokenizer)
     context = min(1024, model.config.context)
-    files.check_number("--new-tokens", args.new_tokens, context - 1)
+    check_number("--new-tokens", args.new_tokens, context - 1)
     sizes = {"the model": parameters(model)}
     for name, part in vars(lookahead).items():
         if torch.is_tensor(part):
             sizes[name] = part.numel()
     if "head_out" in sizes:
         rank = lookahead.head_out.shape[1]
-        sizes["head_out, folded into the vocabulary"] = model.config.vocab_size * rank
+        sizes["the head, of all tokens of the vocabulary"] = 2 * model.config.vocab_size * rank
     if args.draft_model:
         sizes["draft model"] = parameters(load_draft_model(args.draft_model, model, tokenizer))
     yield f"{machine(model)}. Two bytes per parameter; look-ahead {args.lookahead}."
@@ -322,54 +347,38 @@ def memory(args):
     yield (f"Measured: what the process (on a GPU, the device) held at most beyond what it held "
            f"before, while {args.new_tokens} tokens were decoded in a context of {context:,}.")
     for name in ["autoregressive", *args.methods]:
-        def work():
-            decoder(args, model, tokenizer, name, Params(), 1, context)[1]([[1]], 0)
-        yield {"method": name, "MB more": files.peak_memory(model.embedding.device, work) / 1e6}
+        work = partial(decode_once, args, model, tokenizer, name, context)
+        yield {"method": name, "MB more": peak_memory(model.embedding.device, work) / 1e6}
 
 
-@torch.inference_mode()
-def quality(args):
-    """Samples of plain decoding and of each method, compared (demo/samples.py)."""
-    from demo.samples import figures, power, two_sample
-    if args.samples < 2:
-        raise InputError("--samples must be 2 or more: power needs a variance")
-    model, tokenizer = load_model(args)
-    prompts = files.read_prompts(args, tokenizer, model.config)
-    yield f"{described(args, model, prompts)} {args.samples} samples of each."
-    yield ("log p: mean log probability of a token under the model; pairs: share of neighbouring "
-           "pairs of tokens that are distinct. Of an exact method one p-value in twenty is below "
-           "0.05. Power: the chance of one below 0.05 if the mean were shifted by 5 %.")
-    for kind, t in itertools.product(prompts, args.temperatures):
-        some = prompts[kind]
-        plain = None
-        context = max(map(len, some)) + args.new_tokens
-        decoders = all_decoders(
-            args, model, tokenizer, args.methods, Params(t), args.samples, context, None)
-        for number, (name, decode) in enumerate(decoders):
-            judged = []
-            for i in tqdm(range(len(some)), f"{name} at {t:g}", leave=False, disable=None):
-                seed = args.seed + 10_000 * number + i
-                texts = decode([some[i]] * args.samples, seed)["tokens"]
-                judged.append([figures(model, some[i], text) for text in texts])
-            values = torch.tensor(judged)  # (prompts,samples,figures)
-            plain = values if plain is None else plain
-            row = {"text": kind, "temperature": t, "method": name}
-            for j, what in enumerate(("log p", "pairs %")):
-                a, b = plain[..., j], values[..., j]
-                row[what] = b.mean().item()
-                row[f"p-value ({what})"] = two_sample(a, b) if number else ""
-                row[f"power ({what})"] = power(a, 0.05 * a.mean().abs().item()) if number else ""
-            yield row
+def decode_once(args: Namespace, model: Llama, tokenizer: Tokenizer, name: str, context: int
+                ) -> None:
+    """Make a Sampler of a method, and decode one text."""
+    decoder(args, model, tokenizer, name, Params(), 1, context)[1]([[1]], 0)
 
 
-def peers(args):
-    """How fast others are with the same weights, prompts and settings (demo/others.py)."""
-    from demo.others import others
-    if args.new_tokens < 2:
-        raise InputError("--new-tokens must be 2 or more: the first is the prefill's")
-    model, tokenizer = load_model(args)
-    theirs = others(args.model, model.embedding.device, args.gguf or ())
-    yield from compared(args, model, tokenizer, lambda temperature: args.methods, theirs)
+def peak_memory(device: torch.device, work: Callable) -> int:
+    """Bytes held at most while work() runs, beyond what was held before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+
+    def held(word):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(word))
+
+    try:
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)  # gives back what was freed
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
+        before = held("VmRSS")
+        work()
+        return held("VmHWM") - before
+    except OSError as error:
+        raise InputError(f"peak memory cannot be measured here: {error}") from None
 
 
 # ------------------------------------------------------- command line
@@ -392,8 +401,6 @@ OPTIONS = {
     "shape": dict(choices=["1b", "7b"], help="random weights of that size, in place of --model"),
     "positions": dict(type=int, nargs="+", default=[0], help="of first tokens (default: 0)"),
     "columns": dict(type=int, nargs="+", default=[6, 12], help="of a tree (default: 6 12)"),
-    "samples": dict(type=int, default=16, help="of each prompt (default: 16)"),
-    "gguf": dict(type=Path, nargs="+", help="for llama.cpp: files of demo/to_gguf.py"),
 }
 TEXTS = "lookahead prompts kinds count new-tokens temperatures "
 DECODING = TEXTS + "top-k rounds no-graph "
@@ -404,53 +411,57 @@ COMMANDS = {
     speed: DECODING + DRAFTED + "rows",
     length: DECODING + "columns",
     memory: DRAFTED + "lookahead new-tokens no-graph",
-    quality: TEXTS + DRAFTED + "samples no-graph",
-    peers: DECODING + DRAFTED + "gguf",
 }
 
 
-def parse():
-    parser = files.new_parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for function, names in COMMANDS.items():
-        about = " ".join(function.__doc__.split())
-        sub = commands.add_parser(function.__name__, help=about, description=about)
-        files.add_common(sub.add_argument, model_required=function is not cost)
-        sub.set_defaults(function=function)
-        for name in ["json", *names.split()]:
-            sub.add_argument(f"--{name}", **OPTIONS[name])
-        if function is cost:
-            sub.set_defaults(rounds=25)  # of one unit: the bootstrap has nothing else to draw from
-    parser.set_defaults(rows=[1], methods=[], draft_model=None, temperatures=[0], top_k=[0])
-    args = parser.parse_args()
-    files.check_seed(args.seed)
+def add_options(add: Callable, names: str) -> None:
+    """Add --json and options of OPTIONS. add: parser.add_argument."""
+    for name in ["json", *names.split()]:
+        add(f"--{name}", **OPTIONS[name])
+
+
+def check_args(args: Namespace) -> None:
+    """Raise InputError for numbers that are too large, and for methods that could not be made: now,
+    and not after half the work."""
+    check_seed(args.seed)
     largest = dict(count=2**16, new_tokens=2**20, rows=2**12, rounds=2**12, samples=2**12,
-                   columns=2**10)
+                   columns=2**10, problems=2**12)
     for name, most in largest.items():
         values = getattr(args, name, 1)
         for value in values if isinstance(values, list) else [values]:
-            files.check_number(f"--{name.replace('_', '-')}", value, most)
-    check_methods(args)
-    if args.function is cost and (args.model is None) == (args.shape is None):
-        raise InputError("give --model DIR or --shape")
-    return args
-
-
-def check_methods(args):
-    """Raise InputError now, not after half the work."""
+            check_number(f"--{name.replace('_', '-')}", value, most)
     methods = [re.split("[:=]", spec)[0] for spec in args.methods]
     for method in methods:
-        options_of(method)
+        method_named(method)
     if ("draft-model" in methods) != bool(args.draft_model):
         raise InputError("--draft-model DIR and the method draft-model need each other")
     for t, k in itertools.product(args.temperatures, args.top_k):
         Params(t, k)
 
 
-def main():
+def parse() -> Namespace:
+    parser = new_parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for function, names in COMMANDS.items():
+        about = " ".join(function.__doc__.split())
+        sub = commands.add_parser(function.__name__, help=about, description=about)
+        add_common(sub.add_argument, model_required=function is not cost)
+        add_options(sub.add_argument, names)
+        sub.set_defaults(function=function)
+        if function is cost:
+            sub.set_defaults(rounds=25)  # It has one unit: the bootstrap draws only rounds.
+    parser.set_defaults(rows=[1], methods=[], draft_model=None, temperatures=[0], top_k=[0])
+    args = parser.parse_args()
+    check_args(args)
+    if args.function is cost and (args.model is None) == (args.shape is None):
+        raise InputError("give --model DIR or --shape")
+    return args
+
+
+def main() -> None:
     args = parse()
-    files.tell(args.function(args), args.json)
+    print_tables(args.function(args), args.json)
 
 
 if __name__ == "__main__":
-    files.run_script(main)
+    run_script(main)

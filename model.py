@@ -6,23 +6,37 @@ what each of them sees, and afterwards commits the columns that turned out to be
 are as if they had never run. Prefill, plain decoding and both passes of PaSS differ in nothing
 else: a decoder is a choice of blocks.
 
-Shapes: B batch rows, T block columns, S cache slots, V vocabulary, D width, R memory slots,
-H query heads, K key/value heads, G = H/K, E width of a head.
+Shapes: B batch rows, T block columns, S cache slots, V vocabulary, D width, H query heads,
+K key/value heads, G = H/K query heads per key/value head, E width of a head.
 Read `Config`, `Cache`, `Llama.forward`; then go on to pass_sampler.py.
 """
-import copy
 import math
+from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from files import (
-    DTYPES, InputError, device_named, load_tokenizer, open_tensors, read_config, weight_files)
+from support.errors import DTYPES, InputError, device_named
+from support.storage import open_tensors, read_json, weight_files
+from support.tokenizer import Tokenizer, load_tokenizer
 
 # -------------------------------------------- configuration
+
+# What this file computes. A checkpoint that wants anything else is refused by name.
+ONLY = {
+    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "sliding_window": None, "quantization_config": None, "partial_rotary_factor": 1.0,
+}
+# Kinds of rotary scaling, and the numbers that each needs.
+SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -40,25 +54,87 @@ class Config:
     context: int
     tied: bool  # the output matrix is the embedding
     dtype: str
-    stop_tokens: tuple
+    stop_tokens: tuple[int, ...]
 
     @staticmethod
-    def load(folder):
+    def load(folder: str | Path) -> "Config":
         """Read folder/config.json. Raises InputError where that cannot be, or is not supported."""
-        return Config(**read_config(folder))
+        path = Path(folder) / "config.json"
+        raw = read_json(path)
+        if "model_type" not in raw:
+            raise InputError(f"{path} has no model_type; expected the config.json of a LLaMA")
+        for key, supported in ONLY.items():
+            if raw.get(key) is not None and raw[key] != supported:
+                raise InputError(f"{path}: {key} = {raw[key]!r} is not supported, only "
+                                 f"{supported!r}")
+
+        def number(key, default=None, type_=int, source=raw):
+            value = source.get(key)
+            value = default if value is None else value
+            largest = 2**31 if type_ is int else 1e30
+            if type(value) not in (int, type_) or not 0 < value < largest:
+                raise InputError(f"{path}: {key} must be a positive {type_.__name__}, not "
+                                 f"{str(value)[:40]}")
+            return type_(value)
+
+        # Rotary settings, with the precedence of transformers: `rope_scaling`, else
+        # `rope_parameters`; in either `rope_theta`, else the one beside it.
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            raise InputError(f"{path}: rotary scaling must be an object, not {str(rope)[:40]!r}")
+        scaling = rope.get("rope_type") or rope.get("type") or "default"
+        if not isinstance(scaling, str) or scaling not in SCALINGS:
+            raise InputError(f"{path}: rotary scaling {scaling!r} is not supported, only "
+                             f"{', '.join(SCALINGS)}")
+        numbers = {key: number(key, None, float, rope) for key in SCALINGS[scaling]}
+
+        n_heads = number("num_attention_heads")
+        n_kv_heads = number("num_key_value_heads", n_heads)
+        dim = number("hidden_size")
+        head_dim = number("head_dim", dim // n_heads)
+        if n_heads % n_kv_heads or head_dim % 2:
+            raise InputError(f"{path}: {n_heads} heads must be a multiple of {n_kv_heads} "
+                             f"key/value heads, and head_dim {head_dim} even")
+        dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise InputError(f"{path}: dtype {dtype!r} is not supported, only {', '.join(DTYPES)}")
+        return Config(
+            vocab_size=number("vocab_size"), dim=dim, ffn_dim=number("intermediate_size"),
+            n_layers=number("num_hidden_layers"), n_heads=n_heads, n_kv_heads=n_kv_heads,
+            head_dim=head_dim, norm_eps=number("rms_norm_eps", 1e-6, float),
+            rope_theta=number("rope_theta", number("rope_theta", 10000.0, float), float, rope),
+            rope={"rope_type": scaling, **numbers},
+            context=number("max_position_embeddings", 2048),
+            tied=bool(raw.get("tie_word_embeddings", False)), dtype=dtype,
+            stop_tokens=stop_tokens(path, raw))
+
+
+def stop_tokens(path: Path, raw: dict) -> tuple[int, ...]:
+    """The ids that end a text. generation_config.json comes first, as in transformers."""
+    generation = path.with_name("generation_config.json")
+    stop = read_json(generation).get("eos_token_id") if generation.exists() else None
+    if stop is None:
+        stop = raw.get("eos_token_id")
+    if not isinstance(stop, list):
+        stop = [] if stop is None else [stop]
+    if not all(type(token) is int for token in stop):
+        raise InputError(f"{path}: eos_token_id must be a token's id or a list of them, not {stop}")
+    return tuple(stop)
 
 
 # ---------------------------------------------------- cache
 
 class Cache:
-    """Keys and values of B rows. Slots of a row: [ memory R | committed | block T ].
+    """Keys and values of B rows. The slots of a row are [ committed | block T | not used yet ].
 
     `length` (B,) counts the committed columns per row, so rows of different lengths need no code of
     their own. `Llama.forward` writes its block after them and commits nothing: what `commit` does
     not keep, no mask shows again. So rejecting a draft costs nothing and cannot be forgotten.
     """
 
-    def __init__(self, model, rows, slots):
+    first = 0  # the slot where texts begin
+
+    def __init__(self, model: "Llama", rows: int, slots: int):
         """Room for `slots` columns per row, committed and block together."""
         c = model.config
         like = model.embedding
@@ -66,63 +142,80 @@ class Cache:
         # the keys of a layer are (B*K,S,E) without a copy, which is what a GPU multiplies.
         self.kv = like.new_zeros(c.n_layers, 2, rows, c.n_kv_heads, slots, c.head_dim)
         self.length = torch.zeros(rows, dtype=torch.long, device=like.device)
-        self.memory_slots = 0  # R
-        self.reads_all = like.is_cuda  # a GPU wants fixed shapes: it looks at all slots
+        self.rows = torch.arange(rows, device=like.device)[:, None]  # (B,1)
+        self.place = torch.arange(1, 1 + slots, device=like.device)  # of a slot in the text
+        self.patterns = {}  # of `causal`
+        self.reads_all = like.is_cuda  # A CUDA graph has fixed shapes: it looks at all slots.
 
-    def with_memory(self, memory):
-        """This cache with memory (layers,2,R,K,E), keys and values, before the text of every row.
+    def slots(self, T: int) -> Tensor:
+        """(B,T): the slots of the next block of T columns."""
+        return self.length[:, None] + torch.arange(self.first, self.first + T,
+                                                   device=self.length.device)
 
-        Only columns that ask for it see it (`mask`). Gradients flow to the memory.
+    def causal(self, T: int) -> Tensor:
+        """(T,T+2): the pattern of a block of text, for `mask`. A column sees what is committed, the
+        columns before it, and itself. It is made once, and not at every step."""
+        if T not in self.patterns:
+            ones = torch.ones(T, T + 2, dtype=torch.bool, device=self.length.device)
+            self.patterns[T] = ones.tril(1)
+        return self.patterns[T]
+
+    def mask(self, pattern: Tensor) -> Tensor:
+        """(B,T,S): which slots each column of the next block sees.
+
+        pattern (T,T+2): does a column see what is committed | each column of the block | slots that
+        are not used yet? See `causal`.
         """
-        cache = copy.copy(self)
-        rows = self.kv.shape[2]
-        memory = memory.transpose(2, 3)[:, :, None]  # (layers,2,1,K,R,E)
-        cache.kv = torch.cat([memory.expand(-1, -1, rows, -1, -1, -1), self.kv], 4)
-        cache.memory_slots = memory.shape[4]
-        return cache
+        T = len(pattern)
+        S = len(self.place) if self.reads_all else self.first + int(self.length.max()) + T
+        # 0 or less is committed, 1 to T is the block, more is not used yet.
+        place = self.place[:S] - self.length[:, None]  # (B,S)
+        return pattern[:, place.clamp(0, T + 1)].transpose(0, 1)
 
-    def next(self, T):
-        """(B,1) and (B,T): rows and slots, as indices, of the next block of T columns."""
-        rows = len(self.length)
-        device = self.length.device
-        slots = self.memory_slots + self.length[:, None] + torch.arange(T, device=device)
-        return torch.arange(rows, device=device)[:, None], slots
+    def write(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor, S: int
+              ) -> tuple[Tensor, Tensor]:
+        """Put a block's keys and values (B,T,K,E) into their slots (B,T). Returns the layer's keys
+        and values of the first S slots, each (B,K,S,E)."""
+        T = slots.shape[1]
+        kept = self.kv[layer, :, :, :, :S]
+        if keys.requires_grad:
+            kept = kept.clone()  # Autograd needs what attention has read, as it was.
+        # The slots of one row are the last T of S. To copy into a slice takes less time than to
+        # copy by index: on a CPU a step of one row is 4 % faster.
+        one_row = len(slots) == 1 and not self.reads_all and not keys.requires_grad
+        for i, new in enumerate((keys, values)):
+            if one_row:
+                kept[i, :, :, S - T:].copy_(new.transpose(1, 2))
+            else:
+                kept[i][self.rows, :, slots] = new
+        return kept[0], kept[1]
 
-    def mask(self, T, visible=None, sees_memory=None):
-        """(B,T,S): which slots the columns of the next block see. All of them see the committed.
-
-        visible (T,T): which columns of the block (second axis) a column (first axis) sees, itself
-        included; None is causal. sees_memory (T,): which columns see the memory; None is none.
-        """
-        rows = len(self.length)
-        device = self.length.device
-        S = self.kv.shape[4] if self.reads_all else self.memory_slots + int(self.length.max()) + T
-        slot = torch.arange(S, device=device) - self.memory_slots  # the memory is negative
-        committed = (slot >= 0) & (slot < self.length[:, None, None])
-        seen = committed.repeat(1, T, 1)
-        if sees_memory is not None:
-            seen |= sees_memory[:, None] & (slot < 0)
-        if visible is None:
-            visible = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        block = self.next(T)[1][:, None].expand(rows, T, T)
-        return seen.scatter_(2, block, visible.expand(rows, T, T))
-
-    def commit(self, count, columns=None):
+    def commit(self, count: int | Tensor, columns: Tensor | None = None) -> None:
         """Keep, per row, the first `count` (an int, or (B,)) columns of the block that just ran.
 
-        columns (B,n): keep these, in this order, in place of 0, 1, 2, ..: a path through a tree.
-        In place: a view of `length` changes with it.
+        columns (B,n): keep these, in this order, in place of 0, 1, 2, .. In place: a view of
+        `length` changes with it.
         """
         if columns is not None:
-            rows, to = self.next(columns.shape[1])
-            kept = self.kv[:, :, rows, :, to[:, :1] + columns]  # (B,n,layers,2,K,E)
-            self.kv[:, :, rows, :, to] = kept
+            to = self.slots(columns.shape[1])
+            kept = self.kv[:, :, self.rows, :, to[:, :1] + columns]  # (B,n,layers,2,K,E)
+            self.kv[:, :, self.rows, :, to] = kept
         self.length += count
+
+    def clear(self, columns: int) -> None:
+        """Begin new texts. columns: of the largest block that ran.
+
+        What stands in the slots that were used is masked from now on. But a masked slot has weight
+        0, and 0 * NaN is NaN: so what is not finite becomes 0.
+        """
+        used = self.first + int(self.length.max()) + columns
+        self.kv[:, :, :, :, :used].nan_to_num_(0, 0, 0)
+        self.length.zero_()
 
 
 # ---------------------------------------------------- model
 
-def rope_frequencies(config):
+def rope_frequencies(config: Config) -> Tensor:
     """(E/2,): the angle by which each pair of a head turns per position (arXiv 2104.09864, eq. 15).
 
     "linear" squeezes all positions; "llama3" only the wavelengths that are long against the context
@@ -141,7 +234,18 @@ def rope_frequencies(config):
     return frequency
 
 
-def attention(q, k, v, bias):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (a, b) = (x_i, x_{i+E/2}) of heads x (B,T,heads,E) by an angle, to
+    (a cos - b sin, b cos + a sin).
+
+    cos (B,T,1,E) has every cosine twice, sin too, the first half negative. So with both halves of x
+    exchanged it is three operations for q and k together, where pair by pair it would be 14.
+    """
+    exchanged = x.roll(x.shape[-1] // 2, -1)  # (b, a)
+    return torch.addcmul(x * cos, exchanged, sin)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Softmax attention of q (B,K,N,E) over k, v (B,K,S,E); bias (B,1,N,S), 0 or -inf.
 
     A CPU has a fused kernel for it. A GPU's, given a mask, runs as few blocks as there are
@@ -160,8 +264,13 @@ def attention(q, k, v, bias):
     return torch.bmm(scores.softmax(-1).to(v.dtype), flat_v).view(q.shape)
 
 
-def linear(x, weight):
-    """x (..,I) -> (..,O); weight (O,I), or what `Llama.pack` made of it."""
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, in float32 where it has a smaller type."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def linear(x: Tensor, weight) -> Tensor:
+    """x (..,I) -> (..,O); weight (O,I), or what `pack` made of it."""
     if torch.is_tensor(weight):
         return F.linear(x, weight)
     return torch.ops.quantized.linear_dynamic_fp16(x, weight)
@@ -170,7 +279,7 @@ def linear(x, weight):
 class Layer(nn.Module):
     """Weights of one layer. q, k, v are one matrix, and so are gate and up: one product each."""
 
-    def __init__(self, c, **like):
+    def __init__(self, c: Config, **like):
         super().__init__()
         qkv = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
         self.attention_norm = nn.Parameter(torch.empty(c.dim, **like))
@@ -184,7 +293,8 @@ class Layer(nn.Module):
 class Llama(nn.Module):
     """LLaMA (arXiv 2302.13971): RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
-    def __init__(self, config, dtype=torch.float32, device="cpu"):
+    def __init__(self, config: Config, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = "cpu"):
         """Weights are allocated but not set: use `Llama.load`, or fill `parameters()` yourself."""
         super().__init__()
         like = dict(dtype=dtype, device=device)
@@ -195,40 +305,41 @@ class Llama(nn.Module):
         self.output = self.embedding
         if not config.tied:
             self.output = nn.Parameter(torch.empty(config.vocab_size, config.dim, **like))
-        # (H+2K,E/2). Queries and keys turn, values do not: one product turns all heads at once.
-        turning = rope_frequencies(config).expand(config.n_heads + config.n_kv_heads, -1)
-        self.frequency = F.pad(turning, (0, 0, 0, config.n_kv_heads)).to(device)
+        self.frequency = rope_frequencies(config).to(device)
         self.eps = torch.tensor(config.norm_eps, device=device)
 
     @property
-    def dtype(self):
-        """Type of the matrices; that of the arithmetic is the embedding's."""
+    def dtype(self) -> torch.dtype:
+        """The type of the matrices. The embedding has the type of the arithmetic."""
         return self.output.dtype if torch.is_tensor(self.output) else torch.float16
 
     @property
-    def precision(self):
+    def precision(self) -> str:
         """Both types, in words."""
         weights, arithmetic = str(self.dtype)[6:], str(self.embedding.dtype)[6:]
         return weights if weights == arithmetic else f"{weights} weights, {arithmetic} arithmetic"
 
-    def embed(self, tokens):
+    def embed(self, tokens: Tensor) -> Tensor:
         """(B,T) token ids -> (B,T,D)."""
         return F.embedding(tokens, self.embedding)
 
-    def logits(self, h):
-        """Output of `forward` (..,D) -> logits (..,V). Apart, since many columns need none."""
+    def logits(self, h: Tensor) -> Tensor:
+        """What `forward` returns, (..,D) -> logits (..,V). Many columns need none, so this is a
+        function of its own."""
         return linear(h, self.output)
 
-    def rms_norm(self, x, weight):
+    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467)."""
         if x.is_cuda or x.dtype != torch.float32:
             return F.rms_norm(x, x.shape[-1:], weight, self.config.norm_eps)
-        # On a CPU that is eight small calls. By way of |x| a step of SmolLM2 is 4 % faster.
+        # On a CPU that is eight small operations, and these are five, by way of the length of x: a
+        # step of SmolLM2 is 4 % faster.
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = torch.addcmul(self.eps, length, length, value=1 / x.shape[-1]).rsqrt()
         return x * scale * weight
 
-    def forward(self, x, cache, positions=None, mask=None):
+    def forward(self, x: Tensor, cache: Cache, positions: Tensor | None = None,
+                mask: Tensor | None = None) -> Tensor:
         """Run one block after the committed columns of the cache. Commits nothing.
 
         x: (B,T) token ids or (B,T,D) embeddings.
@@ -241,41 +352,27 @@ class Llama(nn.Module):
             x = self.embed(x)
         B, T, _ = x.shape
         H, K, E, G = c.n_heads, c.n_kv_heads, c.head_dim, c.n_heads // c.n_kv_heads
-        rows, slots = cache.next(T)
+        slots = cache.slots(T)
         if positions is None:
-            positions = slots - cache.memory_slots
+            positions = slots - cache.first
         if mask is None:
-            mask = cache.mask(T)
+            mask = cache.mask(cache.causal(T))
         S = mask.shape[2]
-
-        # The G query heads that share a key/value head stand as G columns: k and v are read once.
-        wide = torch.promote_types(x.dtype, torch.float32) if x.is_cuda else x.dtype
-        bias = torch.zeros(mask.shape, dtype=wide, device=x.device).masked_fill_(~mask, -math.inf)
-        bias = bias.repeat_interleave(G, 1)[:, None]  # (B,1,T*G,S)
-
-        # Rotary positions turn pairs (x_i, x_{i+E/2}): (a, b) -> (a cos - b sin, b cos + a sin).
-        angle = positions[:, :, None, None] * self.frequency  # (B,T,H+2K,E/2)
+        angle = positions[:, :, None, None] * self.frequency  # (B,T,1,E/2)
         cos = torch.cat([angle.cos(), angle.cos()], -1).to(x.dtype)
         sin = torch.cat([-angle.sin(), angle.sin()], -1).to(x.dtype)
+        # The G query heads that share a key/value head stand as G columns in its attention, so its
+        # keys and values are read once. The mask is made a bias once, and not in every layer.
+        like = at_least_float32(x) if x.is_cuda else x
+        bias = torch.zeros(mask.shape, dtype=like.dtype, device=x.device)
+        bias = bias.masked_fill_(~mask, -math.inf)
+        bias = bias.repeat_interleave(G, 1)[:, None]  # (B,1,T*G,S)
 
-        # Where the block goes. One row on a CPU is written as a slice: a step is 4 % faster.
-        seen = cache.kv[:, :, :, :, :S]
-        block = seen[:, :, :, :, S - T:].permute(0, 2, 4, 1, 3, 5)  # (layers,B,T,2,K,E)
-        one_row = B == 1 and not cache.reads_all
-
-        for layer, cached, new in zip(self.layers, seen, block):
+        for i, layer in enumerate(self.layers):
             y = self.rms_norm(x, layer.attention_norm)
-            qkv = linear(y, layer.qkv).view(B, T, H + 2 * K, E)
-            qkv = torch.addcmul(qkv * cos, qkv.roll(E // 2, -1), sin)
-            q, kv = qkv.split((H, 2 * K), 2)
-            kv = kv.view(B, T, 2, K, E)
-            if kv.requires_grad:
-                cached = cached.clone()  # autograd needs what attention read
-            if one_row and not kv.requires_grad:
-                new.copy_(kv)
-            else:
-                cached[:, rows, :, slots] = kv
-            keys, values = cached  # each (B,K,S,E)
+            qk, v = linear(y, layer.qkv).view(B, T, H + 2 * K, E).split((H + K, K), 2)
+            q, k = rotate(qk, cos, sin).split((H, K), 2)
+            keys, values = cache.write(i, k, v, slots, S)
             q = q.view(B, T, K, G, E).transpose(1, 2).reshape(B, K, T * G, E)
             a = attention(q, keys, values, bias)
             a = a.view(B, K, T, G, E).transpose(1, 2).reshape(B, T, H * E)
@@ -285,7 +382,7 @@ class Llama(nn.Module):
             x = x + linear(F.silu(gate) * up, layer.down)
         return self.rms_norm(x, self.norm)
 
-    def named_weights(self):
+    def named_weights(self) -> dict[str, Tensor]:
         """The weights by their Hugging Face names: views of the fused matrices."""
         c = self.config
         E = c.head_dim
@@ -308,12 +405,13 @@ class Llama(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def load(cls, folder, dtype=None, device="cpu", packed=True):
+    def load(cls, folder: str | Path, dtype: torch.dtype | None = None,
+             device: torch.device | str = "cpu", packed: bool = True) -> "Llama":
         """Load a Hugging Face folder: config.json, and model.safetensors or shards and their index.
 
-        dtype: a torch dtype to run in; None is the checkpoint's own. packed: on an x86 CPU let
-        `pack` have the matrices of a half-precision model; False to read or train them. No second
-        copy of the model is held. Raises InputError that names what is wrong.
+        dtype: a torch dtype to run in; None is the checkpoint's own. packed: on an x86 CPU `pack`
+        rearranges the matrices of a half-precision model; with False they can be read and trained.
+        No second copy of the model is held. Raises InputError that names what is wrong.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -328,24 +426,24 @@ class Llama(nn.Module):
             raise InputError(f"{folder}: a model of the sizes in config.json does not fit into "
                              f"memory: {str(error).splitlines()[0]}") from None
         missing = model.named_weights()
-        head = None
+        output = None
         for path in weight_files(folder):
             with open_tensors(path) as file:
                 for name in file.keys():
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue  # old checkpoints carry what is computed here
+                    if ".rotary_emb." in name:
+                        continue  # Old checkpoints carry what is computed here.
                     if config.tied and name == "lm_head.weight":
-                        head = torch.empty_like(model.embedding)
-                        copy_weight(head, file, name, path)
+                        output = torch.empty_like(model.embedding)
+                        copy_weight(output, file, name, path)
                         continue
                     if name not in missing:
                         raise InputError(f"{path}: tensor {name} does not belong to this model, or "
                                          f"comes twice")
                     copy_weight(missing.pop(name), file, name, path)
-        if head is not None and missing.pop("model.embed_tokens.weight", None) is not None:
-            model.embedding.copy_(head)
-        elif head is not None and not torch.equal(head, model.embedding):
-            model.output = nn.Parameter(head)  # config.json is wrong: they are not tied
+        if output is not None and missing.pop("model.embed_tokens.weight", None) is not None:
+            model.embedding.copy_(output)
+        elif output is not None and not torch.equal(output, model.embedding):
+            model.output = nn.Parameter(output)  # config.json is wrong: they are not tied.
             model.config = replace(config, tied=False)
         if missing:
             raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is "
@@ -355,8 +453,8 @@ class Llama(nn.Module):
         return model.requires_grad_(False)
 
 
-def load_model(args, packed=True):
-    """The model and the tokenizer that a command line names, see `files.add_common`."""
+def load_model(args: Namespace, packed: bool = True) -> tuple[Llama, Tokenizer]:
+    """The model and the tokenizer that a command line names, see `terminal.add_common`."""
     model = Llama.load(args.model, DTYPES.get(args.dtype), device_named(args.device), packed)
     return model, load_tokenizer(args.model, model.config.vocab_size)
 
@@ -364,8 +462,8 @@ def load_model(args, packed=True):
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights in files
 
 
-def copy_weight(target, file, name, path):
-    """Copy tensor `name` of an open file to its place, where it must fit."""
+def copy_weight(target: Tensor, file, name: str, path: Path) -> None:
+    """Copy tensor `name` of an open safetensors file to its place, where it must fit."""
     source = file.get_slice(name)
     found = f"{source.get_dtype()} {source.get_shape()}"
     if source.get_shape() != list(target.shape) or source.get_dtype() not in FLOATS:
@@ -376,13 +474,13 @@ def copy_weight(target, file, name, path):
                          f"damaged?")
 
 
-def has_fbgemm(device):
+def has_fbgemm(device: torch.device | str) -> bool:
     """Is there what `pack` needs, a CPU with FBGEMM (x86)?"""
     engines = torch.backends.quantized.supported_engines
     return torch.device(device).type == "cpu" and "fbgemm" in engines
 
 
-def pack(model):
+def pack(model: Llama) -> None:
     """Keep the matrices as float16 and compute in float32, in place. The model then only decodes.
 
     A pass over few columns takes as long as reading the matrices. PyTorch's own product of

@@ -3,35 +3,39 @@
     python pass_sampler.py --model demo/model --lookahead demo/model/lookahead.safetensors
 
 x_1 .. x_n is the text so far, p the target's (the model's own) distribution of the next token, q
-what a draft was drawn from. Shapes are as in model.py, L look-ahead tokens. First the rule that
-makes drafts harmless (`verify`), then what is trained (`Lookahead`), then the methods as steps
-(`autoregressive`, `parallel`), then the loop that they share (`Sampler`). Read model.py before,
-train_lookahead.py after; beyond/ has what the paper lacks.
+the distribution that a draft was drawn from. Shapes are as in model.py, and L look-ahead tokens.
+First comes the rule that makes drafts harmless (`verify`), then what is trained (`Lookahead`), then
+the two methods as steps (`autoregressive`, `parallel`), then the loop that they share (`Sampler`).
+Read model.py before, and train_lookahead.py after.
 """
-import importlib
+import importlib.util
 import inspect
 import math
 import time
 import weakref
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-import files
-from files import InputError
-from model import Cache, load_model
+from model import Cache, Config, Llama, at_least_float32, load_model
+from support.checkpoint import read_lookahead
+from support.errors import InputError, check_number, check_options, check_seed, run_script
+from support.prompts import add_prompt, check_prompts, check_stop_tokens, read_prompt
+from support.terminal import add_common, new_parser, printer, report
+from support.text import RowStep, Text, figures
+from support.tokenizer import Tokenizer
 
 # --------------------------------------- the rejection rule
 
 
 @dataclass(frozen=True)
 class Params:
-    """Sampling parameters. To add one: a field, its range and message, a line in `probs`; for the
-    proof the same argument and line in `probs` of tests/naive.py, and values in PARAMS and SETTINGS
-    of tests/test_equivalence.py."""
+    """Sampling parameters. To add one: a field here with its range, and a line in `probs`; for the
+    proof the same line in `probs` of tests/naive.py, and values in tests/test_equivalence.py."""
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # 0 is off
     top_p: float = 1.0  # 1 is off
@@ -42,19 +46,18 @@ class Params:
                              f"most 1, not {self}")
 
 
-def probs(logits, params):
+def probs(logits: Tensor, params: Params) -> Tensor:
     """Logits (..,V) -> probabilities (..,V), in float32 or float64. It makes both p and q.
 
     Temperature; then top-k; then top-p, the fewest most likely tokens that together reach top_p
     (arXiv 1904.09751). What ties with the last token kept is kept. Temperature 0 gives a one-hot p:
     greedy decoding follows the same rule as all else.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = at_least_float32(logits)
     if params.temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return torch.zeros_like(logits).scatter_(-1, best, 1.0)
-    logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0: no overflow
-    logits = logits / max(params.temperature, 1e-30)
+    logits = logits / max(params.temperature, 1e-20)  # A smaller one could overflow.
     if 0 < params.top_k < logits.shape[-1]:
         least = logits.topk(params.top_k).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -68,30 +71,30 @@ def probs(logits, params):
     return p
 
 
-def draw(p, u):
+def draw(p: Tensor, u: Tensor) -> Tensor:
     """Inverse CDF: p (..,V) and uniforms u (..) -> tokens (..).
 
     The first token whose cumulative weight exceeds u times the total, so never one of weight 0.
     (Where a weight is NaN it is the last token, and `verify` rejects it.)
     """
-    cdf = p.double().cumsum(-1)
+    cdf = p.cumsum(-1, dtype=torch.float64)
     token = torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True)[..., 0]
     return token.clamp(max=p.shape[-1] - 1)
 
 
-def residual(p, q):
+def residual(p: Tensor, q: Tensor) -> Tensor:
     """norm(max(0, p - q)) (..,V): what is left of p when a draft from q has been rejected."""
     rest = (p - q).clamp(min=0)
     total = rest.sum(-1, keepdim=True)
-    # If p = q but for rounding, a "rejection" is rounding too, and p is right.
+    # Where p = q but for rounding, a "rejection" is rounding too, and p is right.
     return torch.where(total > 0, rest / total, p)
 
 
-def verify(p, q, drafts, u):
+def verify(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """The rejection rule (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318).
 
     p (B,L+1,V): the target after 0 .. L drafts. q (B,L,V): what the drafts (B,L) were drawn from.
-    u (B,L+1): independent uniforms in [0, 1); arguments, so that a test can integrate over them.
+    u (B,L+1): independent uniforms in [0, 1); an argument, so that a test can integrate over them.
     Returns accepted (B,), how many drafts to keep, and the token (B,) that follows them.
 
     Accept draft d while u < p(d)/q(d); at the first rejection draw from norm(max(0, p - q)); after
@@ -101,14 +104,16 @@ def verify(p, q, drafts, u):
     residual is divided by, so x comes out after one with probability max(0, p(x) - q(x)).
     The sum is p(x), whatever q is. With a bad q only time is lost.
     """
-    p_draft = p[:, :-1].gather(-1, drafts[..., None])[..., 0]  # (B,L)
-    q_draft = q.gather(-1, drafts[..., None])[..., 0]
-    accept = u[:, :-1] * q_draft < p_draft
-    accepted = accept.long().cumprod(1).sum(1)  # those before the first rejection
-    rows = torch.arange(len(p), device=p.device)
-    p_last = p[rows, accepted]  # (B,V)
-    q_last = F.pad(q, (0, 0, 0, 1))[rows, accepted]  # 0 after the last draft: the residual is p
-    return accepted, draw(residual(p_last, q_last), u[:, -1])
+    L = drafts.shape[1]
+    p_draft = p[:, :-1].gather(2, drafts[..., None])[..., 0]  # (B,L)
+    q_draft = q.gather(2, drafts[..., None])[..., 0]
+    u_accept, u_last = u.split([L, 1], 1)
+    accept = u_accept * q_draft < p_draft
+    accepted = accept.cumprod(1).sum(1)  # those before the first rejection
+    p_last = p.take_along_dim(accepted[:, None, None], 1)[:, 0]  # (B,V)
+    q_last = q.take_along_dim(accepted.clamp(max=L - 1)[:, None, None], 1)[:, 0]
+    q_last = q_last * (accepted < L)[:, None]  # 0 after the last draft: the residual is p
+    return accepted, draw(residual(p_last, q_last), u_last[:, 0])
 
 
 # ----------------------------------------------- look-ahead
@@ -116,32 +121,31 @@ def verify(p, q, drafts, u):
 class Lookahead:
     """L look-ahead tokens. Their embeddings (L,D) are all that PaSS trains; the model is frozen."""
 
-    memory = head_in = None  # what beyond/lookahead.py adds
-
-    def __init__(self, embeddings, acceptance=()):
+    def __init__(self, embeddings: Tensor, acceptance: dict | None = None):
         """acceptance: what train_lookahead.evaluate measured, {temperature: table}."""
         self.embeddings = embeddings
-        self.acceptance = dict(acceptance)
+        self.acceptance = acceptance or {}
 
-    def ready(self, model):
+    @staticmethod
+    def shapes(config: Config) -> dict[str, tuple]:
+        """{name: shape} of the tensors in a file; a size of None may be any."""
+        return {"embeddings": (None, config.dim)}
+
+    def ready(self, model: Llama) -> "Lookahead":
         """A copy to sample from this model: in its type, on its device."""
         return Lookahead(self.embeddings.to(model.embedding), self.acceptance)
 
-    def forward(self, model, tokens, cache, positions=None, visible=None):
-        """Run a block of tokens (B,T) and, after them, the look-ahead: (B,T+L,D).
+    def new_cache(self, model: Llama, rows: int, slots: int) -> Cache:
+        """A cache for a text and this look-ahead."""
+        return Cache(model, rows, slots)
 
-        visible (C,C) is for a block of C columns: the tokens, then several groups of L.
-        """
-        T = tokens.shape[1]
-        columns = T + len(self.embeddings) if visible is None else len(visible)
-        groups = self.embeddings.repeat((columns - T) // len(self.embeddings), 1)
-        x = torch.cat([model.embed(tokens), groups.expand(len(tokens), -1, -1)], 1)
-        sees_memory = None
-        if cache.memory_slots:
-            sees_memory = torch.arange(columns, device=x.device) >= T
-        return model(x, cache, positions, cache.mask(columns, visible, sees_memory))
+    def forward(self, model: Llama, tokens: Tensor, cache: Cache) -> Tensor:
+        """Run a block of tokens (B,T) and, after them, the look-ahead: (B,T+L,D)."""
+        embeddings = self.embeddings.expand(len(tokens), -1, -1)
+        return model(torch.cat([model.embed(tokens), embeddings], 1), cache)
 
-    def draft(self, model, params, h, logits, x, u):
+    def draft(self, model: Llama, params: Params, h: Tensor, logits: Tensor, x: Tensor, u: Tensor
+              ) -> tuple[Tensor, Tensor]:
         """Drafts d_1 .. d_L (B,L) and the q (B,L,V) that each is drawn from.
 
         h (B,L,D), logits (B,L,V): of the look-ahead columns. x (B,1): the token before d_1.
@@ -149,37 +153,88 @@ class Lookahead:
         q = probs(logits, params)
         return draw(q, u), q
 
+    def columns(self, model: Llama, x: Tensor, cache: Cache, positions: Tensor, mask: Tensor,
+                before: Tensor) -> Tensor:
+        """States (B,N,D) of look-ahead columns x (B,N,D) as train_lookahead.py lays them out.
+
+        before (B,N): the token before the one that each guesses, for look-aheads that use it.
+        """
+        return model(x, cache, positions, mask)
+
+
+LOOKAHEADS = [Lookahead]  # The kinds there are. beyond/ adds one that has more to train.
+
+
+def lookahead_of(tensors: dict[str, Tensor], acceptance: dict | None = None) -> Lookahead:
+    """The look-ahead, of the first kind that has all of these tensors."""
+    for kind in LOOKAHEADS:
+        if set(tensors) <= set(inspect.signature(kind).parameters):
+            return kind(**tensors, acceptance=acceptance)
+    raise InputError(f"no look-ahead that is known here has {', '.join(tensors)}: import beyond")
+
+
+def load_lookahead(spec: str, model: Llama, length: int | None = None,
+                   tokenizer: Tokenizer | None = None) -> Lookahead:
+    """The look-ahead in a file; or an untrained one: "mean" of all tokens' embeddings, or "unk",
+    the unknown token's. length: L (None: the file's, or 4)."""
+    if length is not None:
+        check_number("length", length, 64)
+    if spec == "mean":
+        return Lookahead(model.embedding.mean(0).repeat(length or 4, 1))
+    if spec == "unk":
+        if tokenizer is None or tokenizer.unk is None:
+            raise InputError("unk needs a tokenizer that has an unknown token; use mean, or a "
+                             "trained file")
+        return Lookahead(model.embedding[tokenizer.unk].repeat(length or 4, 1))
+    shapes = {}
+    for kind in LOOKAHEADS:
+        shapes |= kind.shapes(model.config)
+    tensors, acceptance = read_lookahead(spec, model.config, shapes)
+    if length is not None and length > len(tensors["embeddings"]):
+        raise InputError(f"{spec} has {len(tensors['embeddings'])} look-ahead tokens, fewer than "
+                         f"--length {length}")
+    tensors["embeddings"] = tensors["embeddings"][:length]
+    return lookahead_of(tensors, acceptance)
+
 
 # ---------------------------------------------- the methods
 
-class Method(NamedTuple):
-    """What a method's function returns.
+class Made(NamedTuple):
+    """What a step made, per row. The text grows by block[:count], and then by last."""
+    block: Tensor  # (B,n): tokens for the next places; the drafts stand at the end
+    count: Tensor  # (B,): how many of them are kept
+    last: Tensor  # (B,): the token that was drawn last; it is x of the next step
 
-    step(u), u (B,uniforms): before it the cache holds each row's text without the last token, which
-    is s.x. It commits s.x and all new tokens but the last, and returns tokens (B,n) and how many of
-    them count (B,). Its shapes are fixed, it does not wait for the device, and it writes in place
-    what outlives it, so that a GPU can record it once and replay it.
+
+class Step(NamedTuple):
+    """What the function of a method returns.
+
+    run(u), u (B,uniforms) in [0, 1): before it the cache holds each row's text without the last
+    token, which is s.x. It commits s.x and all new tokens but the last. Its shapes are fixed, it
+    does not wait for the device, and it writes in place what outlives it. So a GPU can record it
+    once and replay it.
     """
-    step: Callable
+    run: Callable[[Tensor], Made]
     uniforms: int
-    drafts: int = 0  # kept at most per step; those kept stand just before the last token
-    passes: int = 1  # of the model, per step
+    drafts: int = 0  # in a block
+    passes: int = 1  # of the model
 
 
-def autoregressive(s):
+def autoregressive(s: "Sampler") -> Step:
     """Plain decoding, one pass per token: what every method must equal in distribution."""
     cache = s.new_cache(s.model, columns=1)
+    nothing = torch.zeros_like(s.alive)
 
-    def step(u):
+    def run(u):
         h = s.model(s.x, cache)  # (B,1,D)
         cache.commit(s.alive)
-        x = draw(s.probs(s.model.logits(h)), u)
-        return x, s.alive.new_ones(len(x))
+        x = draw(s.target_probs(s.model.logits(h)), u)  # (B,1)
+        return Made(x[:, :0], nothing, x[:, 0])
 
-    return Method(step, uniforms=1)
+    return Step(run, uniforms=1)
 
 
-def parallel(s, lookahead):
+def parallel(s: "Sampler", lookahead: Lookahead) -> Step:
     """PaSS (arXiv 2311.13581, section 3): two passes give 2 to L+2 tokens.
 
     Pass 1 runs [x_n, LA_1 .. LA_L]. x_n yields p of x_{n+1}. LA_j stands where x_{n+j} will, has
@@ -188,53 +243,68 @@ def parallel(s, lookahead):
     """
     lookahead = lookahead.ready(s.model)
     L = len(lookahead.embeddings)
-    cache = s.new_cache(s.model, 1 + L, lookahead.memory)
+    cache = s.new_cache(s.model, 1 + L, lookahead.new_cache)
 
-    def step(u):
+    def run(u):
+        u_next, u_draft, u_verify = u.split([1, L, L + 1], 1)
         h = lookahead.forward(s.model, s.x, cache)  # pass 1: (B,1+L,D)
         cache.commit(s.alive)  # x_n, and none of the look-ahead
         logits = s.model.logits(h)
-        x = draw(s.probs(logits[:, :1]), u[:, :1])  # (B,1): x_{n+1}
-        drafts, q = lookahead.draft(
-            s.model, s.params, h[:, 1:], logits[:, 1:], x, u[:, 1:1 + L])
+        x = draw(s.target_probs(logits[:, :1]), u_next)  # (B,1): x_{n+1}
+        drafts, q = lookahead.draft(s.model, s.params, h[:, 1:], logits[:, 1:], x, u_draft)
         block = torch.cat([x, drafts], 1)
-        p = s.probs(s.model.logits(s.model(block, cache)))  # pass 2: (B,1+L,V)
-        accepted, last = verify(p, q, drafts, u[:, 1 + L:])
-        kept = 1 + accepted  # x_{n+1} and the accepted drafts
-        cache.commit(kept * s.alive)
-        return ended_by(last, block, kept), 1 + kept
+        p = s.target_probs(s.model.logits(s.model(block, cache)))  # pass 2: (B,1+L,V)
+        accepted, last = verify(p, q, drafts, u_verify)
+        count = 1 + accepted  # x_{n+1} and the accepted drafts
+        cache.commit(count * s.alive)
+        return Made(block, count, last)
 
-    return Method(step, uniforms=2 * L + 2, drafts=L, passes=2)
-
-
-def ended_by(last, tokens, count):
-    """(B,n+1): the first `count` (B,) of tokens (B,n), then last (B,), then what does not count."""
-    return torch.cat([tokens, last[:, None]], 1).scatter_(1, count[:, None], last[:, None])
+    return Step(run, uniforms=2 * L + 2, drafts=L, passes=2)
 
 
-# A function of a Sampler and of options; or the module of beyond/ that has `method`.
-METHODS = {
-    "autoregressive": autoregressive,
-    "pass": parallel,
-    "fused": "beyond.fused",
-    "tree": "beyond.tree",
-    "draft-model": "beyond.draft_model",
+class Method(NamedTuple):
+    """An entry of METHODS. A method's own options stand with it, here or in beyond/.
+
+    step: a function of a Sampler and of options. words: {option: what argparse is told of it}, as
+    the command line has them. read(model, tokenizer, **given): makes the options of `step` of what
+    was given on a command line. shape: the word that "=SHAPE" stands for in `bench.py --methods`.
+    """
+    step: Callable[..., Step]
+    words: dict[str, dict] = {}
+    read: Callable[..., dict] = lambda model, tokenizer, **given: given
+    shape: str = "length"
+
+
+LOOKAHEAD_WORDS = {
+    "lookahead": dict(metavar="FILE|unk|mean", help="trained; or untrained (mean)"),
+    "length": dict(type=int, metavar="L", help="drafts: the first L look-ahead tokens of the file"),
 }
 
 
-def method_named(name):
-    """The function of method `name`."""
+def read_words(model: Llama, tokenizer: Tokenizer, lookahead: str = "mean",
+               length: int | None = None, **given) -> dict:
+    """The options of a method that has a look-ahead."""
+    return {"lookahead": load_lookahead(lookahead, model, length, tokenizer), **given}
+
+
+METHODS = {
+    "autoregressive": Method(autoregressive),
+    "pass": Method(parallel, LOOKAHEAD_WORDS, read_words),
+}
+
+
+def method_named(name: str) -> Method:
+    """An entry of METHODS."""
     if name not in METHODS:
-        raise InputError(f"there is no method {name!r}, only {', '.join(METHODS)}")
-    method = METHODS[name]
-    return importlib.import_module(method).method if isinstance(method, str) else method
+        raise InputError(f"there is no method {name!r}, only {', '.join(METHODS)}; more come with "
+                         f"`import beyond`")
+    return METHODS[name]
 
 
-def options_of(name):
-    """{option: inspect.Parameter} of a method."""
-    options = dict(inspect.signature(method_named(name)).parameters)
-    del options["s"]
-    return options
+def add_beyond(module: str = "") -> None:
+    """Let beyond/ add its methods, for command lines. Without that folder there are the paper's."""
+    if importlib.util.find_spec("beyond"):
+        importlib.import_module(f"beyond.{module}".rstrip("."))
 
 
 # ------------------------------------------------- the loop
@@ -249,11 +319,15 @@ class Sampler:
     has ended, which commits nothing.
     """
 
-    def __init__(self, model, method="pass", params=Params(), rows=1, context=math.inf,
-                 graph=True, **options):
+    def __init__(self, model: Llama, method: str = "pass", params: Params = Params(),
+                 rows: int = 1, context: float = math.inf, graph: bool = True, **options):
         """rows: prompts at once, at most. context: tokens of prompt and text (at most the model's;
         a GPU reads as many slots per step). graph: whether a GPU records the step."""
-        files.check_options(method, options, options_of(method))
+        make = method_named(method).step
+        known = dict(inspect.signature(make).parameters)
+        del known["s"]
+        needed = [name for name, option in known.items() if option.default is option.empty]
+        check_options(method, options, [*known], needed)
         device = model.embedding.device
         self.model, self.name, self.params, self.rows = model, method, params, rows
         self.context = min(context, model.config.context)
@@ -261,68 +335,79 @@ class Sampler:
         self.buffers = []
         self.x = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.alive = torch.zeros(rows, dtype=torch.long, device=device)
-        self.finite = torch.ones(rows, dtype=torch.bool, device=device)
-        # Weakly: a cycle would keep the caches.
-        self.method = method_named(method)(weakref.proxy(self), **options)
-        self.u = torch.zeros(rows, self.method.uniforms, dtype=torch.float64, device=device)
+        self.overflow = torch.zeros(rows, device=device)  # NaN once a logit is not finite
+        # A weak reference: with a strong one, sampler and step would hold each other, and the
+        # caches would stay in memory until the garbage collector runs.
+        self.step = make(weakref.proxy(self), **options)
+        self.u = torch.zeros(rows, self.step.uniforms, dtype=torch.float64, device=device)
         self.generator = torch.Generator(device)
         self.recorded = None
         self.result = None
         self.records = graph and device.type == "cuda"
 
-    def new_cache(self, model, columns, memory=None):
-        """A cache that `prefill` fills, with room for a step too many: no step must shrink."""
-        cache = Cache(model, self.rows, self.context + 2 * columns)
-        if memory is not None:
-            cache = cache.with_memory(memory)
-        self.caches.append((model, cache))
+    def new_cache(self, model: Llama, columns: int, make: Callable[..., Cache] = Cache) -> Cache:
+        """A cache for blocks of so many columns, which `prefill` fills.
+
+        It has room for one step more than the text needs. So the last step has the same shapes as
+        all others, which a CUDA graph requires.
+        """
+        cache = make(model, self.rows, self.context + 2 * columns)
+        self.caches.append((model, cache, columns))
         return cache
 
-    def zeros(self, *shape, dtype):
+    def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """A buffer (B,*shape) for what a step leaves to the next; 0 before the first step."""
         self.buffers.append(self.x.new_zeros(self.rows, *shape, dtype=dtype))
         return self.buffers[-1]
 
-    def probs(self, logits):
-        """The target's p (B,T,V). Notes logits that are not finite, those of rejected drafts too.
-        """
-        self.finite &= logits.amax(-1).isfinite().all(1)
+    def target_probs(self, logits: Tensor) -> Tensor:
+        """The target's p (B,T,V). Notes whether a logit is not finite: then the sum is not, and 0
+        times the sum is NaN."""
+        logits = at_least_float32(logits)
+        self.overflow.add_(logits.sum((1, 2)), alpha=0)
         return probs(logits, self.params)
 
-    def prefill(self, prompts):
+    def prefill(self, prompts: list[list[int]]) -> None:
         """Commit each prompt but for its last token, which becomes x. Reset all else."""
         prompts = [*prompts, *[[0]] * (self.rows - len(prompts))]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.x.device)
         tokens = [torch.tensor(prompt) for prompt in prompts]
         tokens = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(self.x.device)
         self.x.copy_(tokens.gather(1, lengths[:, None] - 1))
-        self.finite.fill_(True)
+        self.overflow.zero_()
         for buffer in self.buffers:
             buffer.zero_()
         width = max(1, PREFILL // self.rows)
-        for model, cache in self.caches:
-            if self.result is not None:  # used: unseen slots weigh 0, but 0 * NaN is NaN
-                cache.kv.nan_to_num_(0, 0, 0)
-            cache.length.zero_()
+        for model, cache, columns in self.caches:
+            cache.clear(columns)
             for start in range(0, tokens.shape[1] - 1, width):
                 block = tokens[:, start:-1][:, :width]
-                model(block, cache)  # padding stands after the text, which does not see it
+                model(block, cache)  # Padding stands after the text, which does not see it.
                 cache.commit((lengths - 1 - cache.length).clamp(max=block.shape[1]))
 
-    def advance(self):
-        """One step, and what the host must know of it: tokens | count | finite, (B,n+2)."""
-        tokens, count = self.method.step(self.u)
-        self.x.copy_(tokens.gather(1, count[:, None] - 1))
-        return torch.cat([tokens, count[:, None], self.finite[:, None]], 1)
+    def advance(self) -> Tensor:
+        """One step. Returns what the host must know of it in one tensor, (B,n+3): one transfer."""
+        block, count, last = self.step.run(self.u)
+        self.x.copy_(last[:, None])
+        finite = self.overflow == 0
+        return torch.cat([block, last[:, None], count[:, None], finite[:, None]], 1)
 
-    def next_step(self):
+    def on_host(self, result: Tensor) -> list[RowStep]:
+        """What `advance` returned, in Python's numbers. This waits for the device."""
+        rows = []
+        for *block, last, count, finite in result.tolist():
+            own = len(block) - self.step.drafts  # tokens of the target's own, before the drafts
+            rows.append(RowStep([*block[:count], last], count - own, bool(finite)))
+        return rows
+
+    def next_step(self) -> Tensor:
         """`advance` with new uniforms. A GPU runs it once, records it as a CUDA graph, and replays
         that ever after."""
         self.u.uniform_(generator=self.generator)
         if self.records and self.result is not None and self.recorded is None:
             start = time.perf_counter()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records, and runs nothing
+            with torch.cuda.graph(graph):  # This records, and runs nothing.
                 self.result = self.advance()
             self.recorded = graph
             self.capture_seconds = time.perf_counter() - start
@@ -333,114 +418,105 @@ class Sampler:
         return self.result
 
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens=128, seed=0, on_token=None, stop_tokens=None):
+    def generate(self, prompts: list[list[int]], max_new_tokens: int = 128, seed: int = 0,
+                 on_token: Callable[[int, int, bool], object] | None = None,
+                 stop_tokens: list[int] | None = None) -> dict:
         """Continue each of `prompts`, lists of token ids that may differ in length.
 
         on_token(row, token, from_draft) is called for each token as it is made. stop_tokens: ids
         that end a text (None: the model's). The same seed, rows and machine give the same text.
         Returns a dict: tokens and from_draft, lists per row; stop_reason per row ("stop", "length",
-        "context"); passes, prefill apart; accepted_at_least, the share of steps that kept d_1,
-        d_1 and d_2, ..; tokens_per_pass of a row; seconds, with prefill_ and capture_seconds.
+        "context"); steps per row; passes of the model, prefill apart; accepted_at_least, the share
+        of steps that kept d_1, d_1 and d_2, ..; tokens_per_pass of a row, in the mean over its own
+        steps; seconds, with prefill_ and capture_seconds.
         """
-        c = self.model.config
-        files.check_prompts(prompts, max_new_tokens, c, self.rows, self.context)
         start = time.perf_counter()
-        steps = 0
+        config = self.model.config
+        check_prompts(prompts, max_new_tokens, config.vocab_size, self.context, self.rows)
+        stops = config.stop_tokens
+        if stop_tokens is not None:
+            check_stop_tokens(stop_tokens, config.vocab_size)
+            stops = stop_tokens
+        texts = []
+        for prompt in prompts:
+            room = self.context - len(prompt)
+            full = "length" if max_new_tokens <= room else "context"
+            texts.append(Text(min(max_new_tokens, room), full))
         self.capture_seconds = 0.0
-        stops = c.stop_tokens if stop_tokens is None else stop_tokens
-        budget = [min(max_new_tokens, self.context - len(prompt)) for prompt in prompts]
-        texts = [[] for _ in prompts]
-        from_draft = [[] for _ in prompts]
-        ending = [None] * len(prompts)
-        accepted = []  # drafts, per step and living row
         self.generator.manual_seed(seed)
         self.alive.copy_(torch.arange(self.rows) < len(prompts))
         self.prefill(prompts)
         if self.x.is_cuda:
             torch.cuda.synchronize()
         prefill_seconds = time.perf_counter() - start
-        while None in ending:
-            steps += 1
-            result = self.next_step()[:len(prompts)].tolist()  # the one wait for the device
-            for row, (*tokens, count, finite) in enumerate(result):
-                if ending[row]:
+        while not all(text.ending for text in texts):
+            made = self.on_host(self.next_step())
+            for row, (text, new) in enumerate(zip(texts, made)):
+                if text.ending:
                     continue
-                if not finite:
+                if not new.finite:
                     raise InputError(f"the logits are not finite, in {self.model.precision}: try "
                                      f"--dtype float32, or no --lookahead")
-                first = len(tokens) - 1 - self.method.drafts  # where d_1 stands in tokens
-                accepted.append(count - 1 - first)
-                for i, token in enumerate(tokens[:count]):
-                    texts[row].append(token)
-                    from_draft[row].append(first <= i < count - 1)
+                for token, from_draft in text.grow(new, stops):
                     if on_token:
-                        on_token(row, token, from_draft[row][-1])
-                    if token in stops:
-                        ending[row] = "stop"
-                    elif len(texts[row]) == budget[row]:
-                        ending[row] = "length" if budget[row] == max_new_tokens else "context"
-                    if ending[row]:
-                        self.alive[row] = 0
-                        break
-        passes = steps * self.method.passes
-        kept = [sum(a > i for a in accepted) for i in range(self.method.drafts)]
-        return {
-            "method": self.name, "device": str(self.x.device), "passes": passes,
-            "tokens": texts, "from_draft": from_draft, "stop_reason": ending,
-            "accepted_at_least": [round(n / len(accepted), 4) for n in kept],
-            "tokens_per_pass": round(sum(map(len, texts)) / len(texts) / passes, 4),
-            "seconds": time.perf_counter() - start,
-            "prefill_seconds": prefill_seconds, "capture_seconds": self.capture_seconds,
-        }
+                        on_token(row, token, from_draft)
+                self.alive[row] = not text.ending
+        return figures(texts, self.step.drafts, self.step.passes) | {
+            "method": self.name, "device": str(self.x.device),
+            "seconds": time.perf_counter() - start, "prefill_seconds": prefill_seconds,
+            "capture_seconds": self.capture_seconds}
 
 
-def generate(model, prompts, method="pass", params=Params(), max_new_tokens=128, seed=0,
-             on_token=None, graph=True, **options):
+def generate(model: Llama, prompts: list[list[int]], method: str = "pass",
+             params: Params = Params(), max_new_tokens: int = 128, seed: int = 0,
+             on_token: Callable[[int, int, bool], object] | None = None,
+             stop_tokens: list[int] | None = None, graph: bool = True, **options) -> dict:
     """`Sampler.generate` of a Sampler that is used once."""
-    files.check_prompts(prompts, max_new_tokens, model.config)
+    check_prompts(prompts, max_new_tokens, model.config.vocab_size, model.config.context)
     context = max(map(len, prompts)) + max_new_tokens
     sampler = Sampler(model, method, params, len(prompts), context, graph, **options)
-    return sampler.generate(prompts, max_new_tokens, seed, on_token)
+    return sampler.generate(prompts, max_new_tokens, seed, on_token, stop_tokens)
 
 
 # --------------------------------------------- command line
 
-def load_lookahead(spec, model, length=None, tokenizer=None):
-    """The Lookahead of a file; or untrained: "mean", of all tokens' embeddings, or "unk", the
-    unknown token's. length: L (None: the file's, or 4)."""
-    tensors, acceptance = files.read_lookahead(spec, model, length, tokenizer)
-    if len(tensors) == 1:
-        return Lookahead(**tensors, acceptance=acceptance)
-    from beyond.lookahead import LookaheadPlus
-    return LookaheadPlus(**tensors, acceptance=acceptance)
+def add_method_words(add: Callable) -> None:
+    """Add the words of all methods, each once. add: parser.add_argument."""
+    found = {}
+    for name, method in METHODS.items():
+        for word, about in method.words.items():
+            found.setdefault(word, (about, []))[1].append(name)
+    for word, (about, names) in found.items():
+        help_ = f"{about['help']} (methods {', '.join(names)})"
+        add(f"--{word.replace('_', '-')}", **about | {"help": help_})
 
 
-def method_options(args, model, tokenizer):
-    """The options of args.method. An option that would have no effect is refused."""
-    known = options_of(args.method)
-    words = ("lookahead", "length", "tree", "draft_model")
-    given = {name: getattr(args, name) for name in words if getattr(args, name) is not None}
-    if "lookahead" in known:
-        spec = given.get("lookahead", "mean")
-        length = given.pop("length", None)
-        given["lookahead"] = load_lookahead(spec, model, length, tokenizer)
-    files.check_options(args.method, given, known)
-    if args.draft_model:
-        from beyond.draft_model import load_draft_model
-        given["draft_model"] = load_draft_model(args.draft_model, model, tokenizer)
-    return given
+def method_options(name: str, given: dict, model: Llama, tokenizer: Tokenizer) -> dict:
+    """The options of a method, of what a command line gives: {word: value}, None where it was not
+    given. A word that would have no effect is refused."""
+    given = {word: value for word, value in given.items() if value is not None}
+    method = method_named(name)
+    check_options(name, given, [*method.words], [])
+    return method.read(model, tokenizer, **given)
 
 
-def main():
-    parser = files.new_parser(__doc__)
+def read_params(args: Namespace) -> Params:
+    """The Params of a command line that has a word for each field."""
+    params = Params(**{f.name: getattr(args, f.name) for f in fields(Params)})
+    if params.temperature == 0 and params != Params():
+        others = [f"--{f.name.replace('_', '-')}" for f in fields(Params)[1:]]
+        raise InputError(f"{' and '.join(others)} need a --temperature above 0")
+    return params
+
+
+def main() -> None:
+    add_beyond()
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    files.add_common(add)
-    files.add_prompt(parser)
+    add_common(add)
+    add_prompt(parser)
     add("--method", choices=METHODS, default="pass", help="(default: pass)")
-    add("--lookahead", metavar="FILE|unk|mean", help="trained; or untrained (mean)")
-    add("--length", type=int, help="L, or drafts of the draft model")
-    add("--tree", help="of method tree, such as \"0 1 00\"")
-    add("--draft-model", type=Path, metavar="DIR", help="of method draft-model")
+    add_method_words(add)
     for f in fields(Params):
         off = "greedy" if f.name == "temperature" else "off"
         add(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default,
@@ -450,21 +526,21 @@ def main():
     add("--no-graph", action="store_true", help="record no CUDA graph")
     add("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    params = Params(**{f.name: getattr(args, f.name) for f in fields(Params)})
-    if params.temperature == 0 and params != Params():
-        raise InputError("--top-k and --top-p need a --temperature above 0")
-    text = files.read_prompt(args)
-    files.check_seed(args.seed)
-    files.check_number("samples", args.samples, 2**16)
+    params = read_params(args)
+    text = read_prompt(args)
+    check_seed(args.seed)
+    check_number("samples", args.samples, 2**16)
     model, tokenizer = load_model(args)
-    options = method_options(args, model, tokenizer)
+    words = {word for method in METHODS.values() for word in method.words}
+    given = {word: getattr(args, word) for word in words}
+    options = method_options(args.method, given, model, tokenizer)
     prompts = [tokenizer.encode(text)] * args.samples
-    show = None if args.json else files.printer(tokenizer, text)
-    result = generate(model, prompts, args.method, params, args.max_new_tokens, args.seed,
-                      show, not args.no_graph, **options)
-    files.report(result, tokenizer, args.json)
+    show = None if args.json else printer(tokenizer, text)
+    result = generate(model, prompts, args.method, params, args.max_new_tokens, args.seed, show,
+                      graph=not args.no_graph, **options)
+    report(result, tokenizer, args.json)
 
 
 if __name__ == "__main__":
-    from pass_sampler import main  # one of it: beyond/ imports it too
-    files.run_script(main)
+    from pass_sampler import main  # Not this copy of the file, but the one that beyond/ imports.
+    run_script(main)

@@ -5,15 +5,21 @@ published it: a second, smaller model makes the drafts, one pass per draft. PaSS
 
 The rule is the same `verify`. Both models must have the same tokenizer.
 """
+from pathlib import Path
+
 import torch
 
-from files import InputError, check_number, load_tokenizer
 from model import Llama
-from pass_sampler import Method, draw, ended_by, probs, verify
+from pass_sampler import Made, Method, Sampler, Step, draw, probs, verify
+from support.errors import InputError, check_number
+from support.tokenizer import Tokenizer, load_tokenizer
 
 
-def method(s, draft_model, length=4):
-    """L+1 passes of the draft model, the last for its cache, then one of the model."""
+def draft_model(s: Sampler, draft_model: Llama, length: int = 4) -> Step:
+    """L+1 passes of the draft model, the last for its cache, then one of the model.
+
+    `Step.passes` counts the model's alone: the draft model's are not in tokens_per_pass.
+    """
     L = length
     check_number("length", L, 64)
     if draft_model.config.vocab_size != s.model.config.vocab_size:
@@ -25,29 +31,43 @@ def method(s, draft_model, length=4):
     cache = s.new_cache(s.model, 1 + L)
     small = s.new_cache(draft_model, 1 + L)
 
-    def step(u):
+    def run(u):
+        u_draft, u_verify = u.split([L, L + 1], 1)
         block = [s.x]
         q = []
         for j in range(L):
             h = draft_model(block[-1], small)
             small.commit(s.alive)
             q.append(probs(draft_model.logits(h), s.params))  # (B,1,V)
-            block.append(draw(q[-1], u[:, j:j + 1]))
+            block.append(draw(q[-1], u_draft[:, j:j + 1]))
         draft_model(block[-1], small)  # for its keys and values, should all be accepted
-        block, q = torch.cat(block, 1), torch.cat(q, 1)
-        p = s.probs(s.model.logits(s.model(block, cache)))
-        drafts = block[:, 1:]
-        accepted, last = verify(p, q, drafts, u[:, L:])
+        p = s.target_probs(s.model.logits(s.model(torch.cat(block, 1), cache)))
+        drafts = torch.cat(block[1:], 1)
+        accepted, last = verify(p, torch.cat(q, 1), drafts, u_verify)
         cache.commit((1 + accepted) * s.alive)
-        small.length.copy_(cache.length)  # both caches hold the same text
-        return ended_by(last, drafts, accepted), 1 + accepted
+        small.length.copy_(cache.length)  # Both caches hold the same text.
+        return Made(drafts, accepted, last)
 
-    return Method(step, uniforms=2 * L + 1, drafts=L)
+    return Step(run, uniforms=2 * L + 1, drafts=L)
 
 
-def load_draft_model(folder, model, tokenizer):
+def load_draft_model(folder: Path, model: Llama, tokenizer: Tokenizer) -> Llama:
     """A second Llama, in type and device like `model`. Raises InputError if its tokens differ."""
     small = Llama.load(folder, model.dtype, model.embedding.device)
     if load_tokenizer(folder, small.config.vocab_size).pieces != tokenizer.pieces:
         raise InputError(f"the tokenizer of {folder} is not that of the model, and must be")
     return small
+
+
+def read_draft_words(model: Llama, tokenizer: Tokenizer, draft_model: Path | None = None,
+                     **given) -> dict:
+    """The options of the method."""
+    if draft_model is not None:
+        given["draft_model"] = load_draft_model(draft_model, model, tokenizer)
+    return given
+
+
+DRAFT_MODEL = Method(draft_model, {
+    "draft_model": dict(type=Path, metavar="DIR", help="folder of a smaller LLaMA"),
+    "length": dict(type=int, metavar="L", help="drafts per step"),
+}, read_draft_words)

@@ -16,69 +16,94 @@ that `verify` gives: p is the model's, q is what the drafts were drawn from, wha
 Few columns are cheap, 16 or more only on a GPU: on a CPU try --length 1. Read tree.py next.
 """
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from pass_sampler import Method, ended_by, verify
+from beyond.lookahead import block_mask
+from model import Cache, Llama
+from pass_sampler import LOOKAHEAD_WORDS, Lookahead, Made, Method, Sampler, Step, read_words, verify
 
 
-def layout(paths, L, device):
-    """The block [ nodes 0 .. N | group of node 0 | .. | group of node N ]; node 0 is x.
+class Layout:
+    """The block [ nodes 0 .. N | group of node 0 | .. | group of node N ]. Node 0 is x, the others
+    are drafts; a group is L look-ahead tokens.
 
-    paths: per node, the nodes from x to it; the last may repeat.
-    Returns offset (columns,), positions after x's, and visible (columns,columns): a node sees the
-    path to it and itself; a group sees what its node sees, and itself, causally.
+    offset (columns,): positions after x's. pattern: as `Cache.mask` takes it. A node sees the path
+    to it, and itself. A group sees what its node sees, and itself, causally.
     """
-    n = len(paths)
-    offset = [len(set(path)) - 1 for path in paths]
-    visible = torch.zeros(n + n * L, n + n * L, dtype=torch.bool)
-    for i, path in enumerate(paths):
-        visible[i, path] = True
-        for j in range(L):
-            column = n + i * L + j
-            visible[column, path] = True
-            visible[column, n + i * L:column + 1] = True
-            offset.append(offset[i] + 1 + j)
-    return torch.tensor(offset, device=device), visible.to(device)
+
+    def __init__(self, paths: list[list[int]], lookahead: Lookahead):
+        """paths: per node, the nodes from x to it; the last may repeat."""
+        n = len(paths)
+        L = len(lookahead.embeddings)
+        device = lookahead.embeddings.device
+        self.nodes = n
+        self.groups = lookahead.embeddings.repeat(n, 1)
+        offset = [len(set(path)) - 1 for path in paths]
+        visible = torch.zeros(n + n * L, n + n * L, dtype=torch.bool)
+        for i, path in enumerate(paths):
+            visible[i, path] = True
+            for j in range(L):
+                column = n + i * L + j
+                visible[column, path] = True
+                visible[column, n + i * L:column + 1] = True
+                offset.append(offset[i] + 1 + j)
+        self.offset = torch.tensor(offset, device=device)
+        pattern = F.pad(visible, (1, 0), value=True)  # what is committed
+        self.pattern = F.pad(pattern, (0, 1), value=False).to(device)  # what is not used yet
+        # Which columns are the group of node 0, (L,).
+        self.group = torch.arange(n, n + L, device=device)
+
+    def run(self, model: Llama, tokens: Tensor, cache: Cache) -> Tensor:
+        """Run the block with these tokens (B,1+N) as nodes: states (B,columns,D)."""
+        groups = self.groups.expand(len(tokens), -1, -1)
+        x = torch.cat([model.embed(tokens), groups], 1)
+        positions = cache.length[:, None] + self.offset
+        return model(x, cache, positions, block_mask(cache, self.pattern, self.nodes))
 
 
 class Group:
-    """What a step leaves to the next: states and logits of L look-ahead columns.
+    """What a step leaves to the next: states and logits of the L columns of one group.
 
     They are 0 before the first step. Its drafts come from a q that knows nothing; it stays exact.
     """
 
-    def __init__(self, s, L):
-        like = s.model.embedding.dtype
-        self.h = s.zeros(L, s.model.config.dim, dtype=like)
-        self.logits = s.zeros(L, s.model.config.vocab_size, dtype=like)
+    def __init__(self, s: Sampler, layout: Layout):
+        dtype = s.model.embedding.dtype
+        self.layout = layout
+        L = len(layout.group)
+        self.h = s.zeros(L, s.model.config.dim, dtype=dtype)
+        self.logits = s.zeros(L, s.model.config.vocab_size, dtype=dtype)
 
-    def keep(self, h, logits, nodes, node):
-        """Take the group of `node` (B,) out of a block that begins with so many nodes."""
-        L = self.h.shape[1]
-        columns = nodes + node[:, None] * L + torch.arange(L, device=node.device)
-        rows = torch.arange(len(node), device=node.device)[:, None]
-        self.h.copy_(h[rows, columns])
-        self.logits.copy_(logits[rows, columns])
+    def keep(self, h: Tensor, logits: Tensor, node: Tensor) -> None:
+        """Take the group of `node` (B,) out of the states and logits of a block."""
+        L = len(self.layout.group)
+        columns = (self.layout.group + L * node[:, None])[..., None]  # (B,L,1)
+        torch.take_along_dim(h, columns, 1, out=self.h)
+        torch.take_along_dim(logits, columns, 1, out=self.logits)
 
 
-def method(s, lookahead):
+def fused(s: Sampler, lookahead: Lookahead) -> Step:
     """A step that judges the drafts and makes the next: 1 to L+1 tokens for one pass."""
     lookahead = lookahead.ready(s.model)
     L = len(lookahead.embeddings)
-    chain = [range(1 + i) for i in range(1 + L)]  # draft i follows x and all drafts before it
-    offset, visible = layout(chain, L, s.x.device)
-    cache = s.new_cache(s.model, len(offset), lookahead.memory)
-    group = Group(s, L)
+    chain = [list(range(1 + i)) for i in range(1 + L)]  # Draft i follows x and all drafts before.
+    layout = Layout(chain, lookahead)
+    cache = s.new_cache(s.model, len(layout.offset), lookahead.new_cache)
+    group = Group(s, layout)
 
-    def step(u):
-        drafts, q = lookahead.draft(s.model, s.params, group.h, group.logits, s.x, u[:, :L])
-        positions = cache.length[:, None] + offset
-        block = torch.cat([s.x, drafts], 1)
-        h = lookahead.forward(s.model, block, cache, positions, visible)
+    def run(u):
+        u_draft, u_verify = u.split([L, L + 1], 1)
+        drafts, q = lookahead.draft(s.model, s.params, group.h, group.logits, s.x, u_draft)
+        h = layout.run(s.model, torch.cat([s.x, drafts], 1), cache)
         logits = s.model.logits(h)
-        p = s.probs(logits[:, :1 + L])
-        accepted, last = verify(p, q, drafts, u[:, L:])
+        p = s.target_probs(logits[:, :1 + L])
+        accepted, last = verify(p, q, drafts, u_verify)
         cache.commit((1 + accepted) * s.alive)
-        group.keep(h, logits, 1 + L, accepted)
-        return ended_by(last, drafts, accepted), 1 + accepted
+        group.keep(h, logits, accepted)
+        return Made(drafts, accepted, last)
 
-    return Method(step, uniforms=2 * L + 1, drafts=L)
+    return Step(run, uniforms=2 * L + 1, drafts=L)
+
+
+FUSED = Method(fused, LOOKAHEAD_WORDS, read_words)

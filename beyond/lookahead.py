@@ -7,35 +7,53 @@ Head: a look-ahead column does not know the token before the one it guesses, but
 drawn that token is known. The head corrects the column's logits by it. Each q is then conditional
 on the draft before it, and the rule of `verify` is given that q: it stays exact.
 
-Shapes: r rank of the head, C tokens of the shortlist; others as in model.py. Read fused.py next.
+Shapes: R memory slots, r rank of the head, C tokens of the shortlist; others as in model.py. Read
+fused.py next.
 """
 import copy
-import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from model import Cache
-from pass_sampler import Lookahead, draw, probs
+from model import Cache, Config, Llama, at_least_float32
+from pass_sampler import Lookahead, Params, draw, probs
+from support.errors import InputError
 
-SHORTLIST = 256  # the head judges this many of the best tokens; all others get q = 0, exact as well
+# The head judges this many of the best tokens. All others get q = 0, which is exact as well.
+SHORTLIST = 256
 
-
-def shortlist(logits):
-    """The SHORTLIST best of logits (..,V): their ids (..,C), rising, and their logits (..,C)."""
-    ids = logits.topk(min(SHORTLIST, logits.shape[-1]), sorted=False).indices.sort(-1).values
-    return ids, logits.gather(-1, ids)
+# ----------------------------------------------------- the memory
 
 
-def correction(lookahead, model, h, ids, before):
-    """What the head adds to the logits of ids (B,C) at a look-ahead column in state h (B,D), if the
-    token before its draft is one of before (B,P): (B,P,C)."""
-    if lookahead.head_in is None:
-        return 0
-    e = model.embed(before)  # (B,P,D)
-    features = lookahead.features(h[:, None].expand_as(e), e)  # (B,P,r)
-    return features @ F.embedding(ids, lookahead.folded).mT
+class MemoryCache(Cache):
+    """A cache with a memory before the text of every row: [ memory R | committed | block | .. ].
 
+    `mask` shows the memory to no column, but `block_mask` shows it to look-ahead columns.
+    """
+
+    def __init__(self, cache: Cache, memory: Tensor):
+        """memory (layers,2,R,K,E). Gradients flow to it."""
+        vars(self).update(vars(cache))
+        rows = cache.kv.shape[2]
+        memory = memory.transpose(2, 3)[:, :, None]  # (layers,2,1,K,R,E)
+        self.kv = torch.cat([memory.expand(-1, -1, rows, -1, -1, -1), cache.kv], 4)
+        self.first = memory.shape[4]
+        # As slots that no text will ever reach, it is hidden like all that are not used yet.
+        nowhere = torch.full((self.first,), 2**62, device=cache.place.device)
+        self.place = torch.cat([nowhere, cache.place])
+
+
+def block_mask(cache: Cache, pattern: Tensor, tokens: int) -> Tensor:
+    """`cache.mask` of a block that begins with so many tokens; the look-ahead columns after them
+    see the memory, if the cache has one."""
+    mask = cache.mask(pattern)
+    if cache.first:
+        mask[:, tokens:, :cache.first] = True
+    return mask
+
+
+# ------------------------------------------------------- the head
 
 class LookaheadPlus(Lookahead):
     """memory (layers,2,R,K,E): keys as they enter attention, not rotated, and values.
@@ -44,57 +62,117 @@ class LookaheadPlus(Lookahead):
     token before its draft, h becomes h + head_out @ features(h, e). Memory or head may be None.
     """
 
-    def __init__(self, embeddings, acceptance=(), memory=None, head_in=None, head_out=None):
+    def __init__(self, embeddings: Tensor, acceptance: dict | None = None,
+                 memory: Tensor | None = None, head_in: Tensor | None = None,
+                 head_out: Tensor | None = None):
         super().__init__(embeddings, acceptance)
+        if (head_in is None) != (head_out is None) or (
+                head_in is not None and len(head_in) != head_out.shape[1]):
+            raise InputError("a head has a head_in and a head_out of the same rank")
         self.memory = memory
         self.head_in = head_in
         self.head_out = head_out
-        self.folded = None  # of `ready`: output matrix @ head_out, (V,r)
+        # Of `ready`: the head's first half for each token of the vocabulary, its second half for
+        # each token's logit, (V,r) both.
+        self.of_token = self.of_logit = None
 
-    def ready(self, model):
-        """As in Lookahead; and the head is folded into the vocabulary."""
+    @staticmethod
+    def shapes(config: Config) -> dict[str, tuple]:
+        """Of what this adds, as in Lookahead."""
+        c = config
+        return {"memory": (c.n_layers, 2, None, c.n_kv_heads, c.head_dim),
+                "head_in": (None, 2 * c.dim), "head_out": (c.dim, None)}
+
+    def ready(self, model: Llama) -> "LookaheadPlus":
+        """As in Lookahead; and the head is applied to the whole vocabulary, once."""
         lookahead = copy.copy(self)
         for name, part in vars(self).items():
             if torch.is_tensor(part):
                 setattr(lookahead, name, part.to(model.embedding))
         if self.head_in is not None:
-            lookahead.folded = model.logits(lookahead.head_out.mT).mT.contiguous()
+            of_e = lookahead.head_in[:, model.config.dim:]
+            lookahead.of_token = F.linear(normal(model.embedding), of_e)
+            lookahead.of_logit = model.logits(lookahead.head_out.mT).mT.contiguous()
         return lookahead
 
-    def features(self, h, e):
-        """h, e (..,D) -> (..,r)."""
-        both = [F.rms_norm(x, x.shape[-1:], eps=1e-7) for x in (h, e)]
-        return F.silu(F.linear(torch.cat(both, -1), self.head_in))
+    def new_cache(self, model: Llama, rows: int, slots: int) -> Cache:
+        """As in Lookahead; with the memory, if there is one."""
+        cache = Cache(model, rows, slots)
+        return cache if self.memory is None else MemoryCache(cache, self.memory)
 
-    def draft(self, model, params, h, logits, x, u):
+    def forward(self, model: Llama, tokens: Tensor, cache: Cache) -> Tensor:
+        """As in Lookahead; the look-ahead columns see the memory."""
+        embeddings = self.embeddings.expand(len(tokens), -1, -1)
+        x = torch.cat([model.embed(tokens), embeddings], 1)
+        mask = block_mask(cache, cache.causal(x.shape[1]), tokens.shape[1])
+        return model(x, cache, mask=mask)
+
+    def features(self, h: Tensor, e: Tensor) -> Tensor:
+        """h, e (..,D) -> (..,r)."""
+        return F.silu(F.linear(torch.cat([normal(h), normal(e)], -1), self.head_in))
+
+    def draft(self, model: Llama, params: Params, h: Tensor, logits: Tensor, x: Tensor, u: Tensor
+              ) -> tuple[Tensor, Tensor]:
         """As in Lookahead, one draft after the other."""
         if self.head_in is None:
             return super().draft(model, params, h, logits, x, u)
-        ids, best = shortlist(logits)  # (B,L,C)
-        drafts = [x]
-        q = []
+        candidates = Candidates(self, h, logits)
+        q = candidates.no_probs(h.shape[1])
+        drafts = []
         for j in range(h.shape[1]):
-            z = best[:, j, None] + correction(self, model, h[:, j], ids[:, j], drafts[-1])
-            q.append(probs(z, params))  # (B,1,C)
-            k = draw(q[-1], u[:, j:j + 1])
-            drafts.append(ids[:, j].gather(1, k))
-        q = torch.zeros(logits.shape, dtype=q[0].dtype, device=u.device).scatter_(
-            2, ids, torch.cat(q, 1))
-        return torch.cat(drafts[1:], 1), q
+            q_j = probs(candidates.logits(j, x), params)  # (B,1,C)
+            choice = draw(q_j, u[:, j:j + 1])
+            ids = candidates.ids[:, j]
+            x = ids.gather(1, choice)
+            q[:, j].scatter_(1, ids, q_j[:, 0])
+            drafts.append(x)
+        return torch.cat(drafts, 1), q
+
+    def columns(self, model: Llama, x: Tensor, cache: Cache, positions: Tensor, mask: Tensor,
+                before: Tensor) -> Tensor:
+        """As in Lookahead: every column x sees the memory, and the head is given the token before
+        each guess."""
+        if self.memory is not None:
+            cache = MemoryCache(cache, self.memory)
+            mask = F.pad(mask, (cache.first, 0), value=True)
+        h = model(x, cache, positions, mask)
+        if self.head_in is not None:
+            h = h + F.linear(self.features(h, model.embed(before)), self.head_out)
+        return h
 
 
-# ------------------------------------- before training
-
-def initial_memory(model, text):
-    """(layers,2,R,K,E): keys and values of text (1,R), not rotated."""
-    cache = Cache(model, 1, text.shape[1])
-    model(text, cache, torch.zeros_like(text))
-    return cache.kv[:, :, 0].transpose(2, 3).float().contiguous()
+def normal(x: Tensor) -> Tensor:
+    """x (..,D) by its root mean square."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-7)
 
 
-def initial_head(model, rank, generator):
-    """head_in and head_out, which is 0: no correction yet."""
-    D = model.config.dim
-    device = model.embedding.device
-    head_in = torch.randn(rank, 2 * D, generator=generator) / math.sqrt(2 * D)
-    return {"head_in": head_in.to(device), "head_out": torch.zeros(D, rank, device=device)}
+class Candidates:
+    """What look-ahead columns offer for the next places: the SHORTLIST best tokens of each."""
+
+    def __init__(self, lookahead: Lookahead, h: Tensor, logits: Tensor):
+        """h (B,L,D), logits (B,L,V): of the columns. lookahead: what `ready` returned."""
+        self.lookahead = lookahead
+        self.shape = logits.shape
+        best = logits.topk(min(SHORTLIST, logits.shape[-1]), sorted=False).indices
+        self.ids = best.sort(-1).values  # (B,L,C), rising
+        self.best = logits.gather(-1, self.ids)
+        self.has_head = getattr(lookahead, "head_in", None) is not None
+        if self.has_head:
+            of_h = lookahead.head_in[:, :h.shape[-1]]
+            self.of_h = F.linear(normal(h), of_h)  # (B,L,r), for all columns at once
+            self.of_logit = F.embedding(self.ids, lookahead.of_logit)  # (B,L,C,r)
+
+    def logits(self, j: int, before: Tensor) -> Tensor:
+        """Logits (B,P,C) of ids[:, j], if the token before is one of before (B,P)."""
+        best = self.best[:, j, None]
+        if not self.has_head:
+            return best.expand(-1, before.shape[1], -1)
+        of_e = F.embedding(before, self.lookahead.of_token)  # (B,P,r)
+        features = F.silu(self.of_h[:, j, None] + of_e)
+        return torch.baddbmm(best, features, self.of_logit[:, j].mT)
+
+    def no_probs(self, places: int) -> Tensor:
+        """q (B,places,V) that is 0 everywhere, in the type that `probs` gives."""
+        B, _, V = self.shape
+        like = at_least_float32(self.best)
+        return torch.zeros(B, places, V, dtype=like.dtype, device=like.device)

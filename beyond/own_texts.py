@@ -8,20 +8,23 @@ train_lookahead.py or demo/distill.py.
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-import files
-from files import InputError
-from model import load_model
+from model import Llama, load_model
 from pass_sampler import Params, Sampler
+from support.checkpoint import write_texts
+from support.data import PROMPT, TEXT, add_data, check_context, read_data, windows
+from support.errors import InputError, check_number, check_seed, run_script
+from support.storage import check_writable
+from support.terminal import add_common, new_parser
 
-TEXT = 128  # tokens
-PROMPT = 48  # of them, before the model begins
 TEMPERATURES = (0.0, 0.6, 1.0)
 AT_ONCE = 256  # rows
 
 
-def own_texts(model, prompts, temperature, seed, length=TEXT):
+def own_texts(model: Llama, prompts: Tensor, temperature: float, seed: int, length: int = TEXT
+              ) -> Tensor:
     """Prompts (n,P), each with what the model writes after it: (n,length). It stops at no token."""
     rows = min(AT_ONCE, len(prompts))
     texts = []
@@ -34,46 +37,30 @@ def own_texts(model, prompts, temperature, seed, length=TEXT):
     return torch.tensor(texts)
 
 
-def read_texts(path, config):
-    """(N,TEXT), of a file that this script made for this model."""
-    with files.open_tensors(path) as file:
-        if (file.metadata() or {}).get("texts") != files.fingerprint(config):
-            raise InputError(f"{path} has no texts by this model: make some with beyond.own_texts")
-        return file.get_tensor("texts").long()
-
-
-def check_context(model):
-    """Raise InputError for a model that cannot read texts of TEXT tokens."""
-    if model.config.context < TEXT:
-        raise InputError(f"the model's context of {model.config.context} is shorter than the texts "
-                         f"of {TEXT}")
-
-
-def main():
-    parser = files.new_parser(__doc__)
-    files.add_common(parser.add_argument)
-    files.add_data(parser.add_argument)
+def main() -> None:
+    parser = new_parser(__doc__)
+    add_common(parser.add_argument)
+    add_data(parser.add_argument)
     parser.add_argument("--count", type=int, default=6144,
                         help="a multiple of 3 (default: 6144)")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     args = parser.parse_args()
-    files.check_seed(args.seed)
+    check_seed(args.seed)
     if args.count % len(TEMPERATURES):
         raise InputError(f"--count must be a multiple of {len(TEMPERATURES)}, not {args.count}")
-    files.check_number("count", args.count, 2**24)
-    files.check_writable(args.out)
+    check_number("count", args.count, 2**24)
+    check_writable(args.out)
     model, tokenizer = load_model(args, packed=False)
-    check_context(model)
-    tokens, _ = files.read_data(tokenizer, args.data, args.suffix, TEXT)
+    check_context(model.config.context)
+    tokens, _ = read_data(tokenizer, args.data, args.suffix, TEXT)
     parts = []
     for i, temperature in enumerate(TEMPERATURES, 1):
         generator = torch.Generator().manual_seed(args.seed + i)
-        prompts = files.windows(tokens, args.count // len(TEMPERATURES), PROMPT, generator)
+        prompts = windows(tokens, args.count // len(TEMPERATURES), PROMPT, generator)
         parts.append(own_texts(model, prompts, temperature, args.seed + i))
-    about = {"texts": files.fingerprint(model.config)}
-    files.write_tensors({"texts": torch.cat(parts).int()}, args.out, about)
+    write_texts(torch.cat(parts), args.out, model.config)
     print(f"{args.out}: {args.count} texts of {TEXT} tokens")
 
 
 if __name__ == "__main__":
-    files.run_script(main)
+    run_script(main)

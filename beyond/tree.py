@@ -15,25 +15,38 @@ import math
 import statistics
 import sys
 import time
+from typing import NamedTuple
 
 import torch
+from torch import Generator, Tensor
 
-from beyond.fused import Group, layout
-from beyond.lookahead import correction, shortlist
-from files import InputError
-from pass_sampler import Method, Params, Sampler, draw, ended_by, probs, residual
+from beyond.fused import Group, Layout
+from beyond.lookahead import Candidates
+from model import Llama
+from pass_sampler import (
+    LOOKAHEAD_WORDS,
+    Lookahead,
+    Made,
+    Method,
+    Params,
+    Sampler,
+    Step,
+    draw,
+    probs,
+    read_words,
+    residual,
+)
+from support.errors import InputError
 
 
 class Shape:
-    """The nodes of a tree: 0 is x, the N drafts follow by depth. W: most candidates of a node.
+    """The nodes of a tree: 0 is x, the N drafts follow by depth.
 
-    children (1+N,W): per node its drafts in order, 0 is none. depths (1+N,).
-    path (1+N,1+depth): the nodes from x to each one, which then repeats.
-    levels: per depth the nodes with children, those with most first; and per rank their children of
-    that rank, which the first of them have.
+    path (1+N,1+depth): the nodes from x to each one, which then repeats. depths (1+N,).
+    levels: a Level per depth of parents.
     """
 
-    def __init__(self, text, device):
+    def __init__(self, text: str, device: torch.device):
         names = ["", *sorted(text.split(), key=lambda path: (len(path), path))]
         for name in names[1:]:
             before = name[:-1] + chr(ord(name[-1]) - 1)
@@ -51,25 +64,38 @@ class Shape:
         def tensor(values):
             return torch.tensor(values, device=device)
 
-        ranks = range(self.width)
-        children = [[index.get(f"{name}{rank}", 0) for rank in ranks] for name in names]
+        def children(node):
+            ranks = [f"{names[node]}{rank}" for rank in range(self.width)]
+            return [index[name] for name in ranks if name in index]
+
         paths = [[index[name[:d]] for d in range(self.depth + 1)] for name in names]
-        self.children = tensor(children)
         self.path = tensor(paths)
         self.depths = tensor([len(name) for name in names])
         self.levels = []
         for d in range(self.depth):
-            parents = [i for i, name in enumerate(names) if len(name) == d and children[i][0]]
-            parents.sort(key=lambda i: children[i].count(0))
+            parents = [i for i, name in enumerate(names) if len(name) == d and children(i)]
+            parents.sort(key=lambda i: -len(children(i)))
             by_rank = []
-            for rank in ranks:
-                nodes = [children[i][rank] for i in parents if children[i][rank]]
-                if nodes:
-                    by_rank.append(tensor(nodes))
-            self.levels.append((tensor(parents), by_rank))
+            child = []
+            for rank in range(len(children(parents[0]))):
+                some = [i for i in parents if len(children(i)) > rank]
+                by_rank.append(tensor([children(i)[rank] for i in some]))
+                child.append(torch.zeros(len(names), dtype=torch.long, device=device))
+                child[rank][some] = by_rank[rank]
+            draws = [nodes - 1 for nodes in by_rank]  # x is node 0, and not drawn
+            self.levels.append(Level(tensor(parents), by_rank, child, draws))
 
 
-def verify_tree(shape, p, q, tokens, u):
+class Level(NamedTuple):
+    """The parents at one depth of a tree, and their children."""
+    parents: Tensor  # nodes, those with most children first
+    by_rank: list[Tensor]  # per rank, the children that the first of the parents have
+    child: list[Tensor]  # per rank (1+N,): the child of each node; 0 where a node has none here
+    draws: list[Tensor]  # per rank, which of the uniforms draws each of by_rank
+
+
+def verify_tree(shape: Shape, p: Tensor, q: Tensor, tokens: Tensor, u: Tensor
+                ) -> tuple[Tensor, Tensor]:
     """The rule, depth by depth: try the children of the node that was accepted last.
 
     p (B,1+N,V): the target after each node. tokens (B,1+N). q (B,1+N,V): what each draft was drawn
@@ -77,53 +103,50 @@ def verify_tree(shape, p, q, tokens, u):
     Returns node (B,), the last draft accepted or 0, and the token (B,) that follows it.
     """
     rows = torch.arange(len(p), device=p.device)
+    q_draft = q.gather(2, tokens[..., None])[..., 0]  # (B,1+N)
+    # A draft is accepted while u q < p. What has q = 0 is no draft, x too.
+    u_q = (u * q_draft).masked_fill(q_draft == 0, math.inf)
     node = torch.zeros_like(rows)
-    going = node == 0  # rows that have not ended at a rejection of all children
     rest = p[:, 0]
-    for _ in range(shape.depth):
-        next_node = node
-        for rank in range(shape.width):
-            child = shape.children[node, rank]
-            tried = going & (child > 0) & (next_node == node)
-            token = tokens[rows, child]
-            q_child = q[rows, child]  # (B,V)
-            q_draft = q_child[rows, token]
-            accept = tried & (q_draft > 0) & (u[rows, child] * q_draft < rest[rows, token])
-            rest = torch.where(tried[:, None], residual(rest, q_child), rest)
-            next_node = torch.where(accept, child, next_node)
-        going = next_node != node
-        rest = torch.where(going[:, None], p[rows, next_node], rest)
-        node = next_node
+    for level in shape.levels:
+        parent = node
+        for child_of in level.child:
+            child = child_of[parent]  # (B,); 0 where there is none, whose q is 0
+            p_draft = rest[rows, tokens[rows, child]]
+            accept = (node == parent) & (u_q[rows, child] < p_draft)
+            rest = residual(rest, q[rows, child])
+            node = torch.where(accept, child, node)
+        # Where a child was accepted, what is left of p no longer matters.
+        rest = torch.where((node == parent)[:, None], rest, p[rows, node])
     return node, draw(rest, u[:, 0])
 
 
-def grow(shape, s, lookahead, group, u):
+def grow(shape: Shape, s: Sampler, lookahead: Lookahead, group: Group, u: Tensor
+         ) -> tuple[Tensor, Tensor]:
     """Draw the drafts: tokens (B,1+N), x first, and their q (B,1+N,V). u (B,N).
 
     Column d of the group makes the children of all nodes at depth d; those of one node without
     replacement: draw, remove, draw again, each from what `probs` makes of the rest.
     """
-    ids, best = shortlist(group.logits)  # (B,depth,C)
+    candidates = Candidates(lookahead, group.h, group.logits)
     tokens = s.x.repeat(1, 1 + shape.N)
-    V = group.logits.shape[-1]
-    wide = torch.promote_types(best.dtype, torch.float32)
-    q = torch.zeros(*tokens.shape, V, dtype=wide, device=u.device)
-    for d, (parents, by_rank) in enumerate(shape.levels):
-        before = tokens[:, parents]
-        z = best[:, d, None] + correction(lookahead, s.model, group.h[:, d], ids[:, d], before)
-        z = z.expand(-1, len(parents), -1).clone()  # (B,P,C)
-        for nodes in by_rank:
-            rest = z[:, :len(nodes)]  # of their parents: a view
-            q_node = probs(rest, s.params)
-            k = draw(q_node, u[:, nodes - 1])  # (B,n)
-            there = ids[:, d, None].expand_as(q_node)
-            tokens[:, nodes] = there.gather(2, k[..., None])[..., 0]
-            q[:, nodes] = q.new_zeros(len(q), len(nodes), V).scatter_(2, there, q_node)
-            rest.scatter_(2, k[..., None], -math.inf)
+    q = candidates.no_probs(1 + shape.N)
+    for d, level in enumerate(shape.levels):
+        z = candidates.logits(d, tokens[:, level.parents])  # (B,P,C)
+        choice = None
+        for rank, nodes in enumerate(level.by_rank):
+            if choice is not None:  # Without replacement: what was drawn is gone.
+                z = z.scatter(2, choice, -math.inf)[:, :len(nodes)]
+            q_node = probs(z, s.params)  # (B,n,C), of the first n parents
+            choice = draw(q_node, u[:, level.draws[rank]])[..., None]
+            ids = candidates.ids[:, d, None].expand_as(q_node)
+            tokens[:, nodes] = ids.gather(2, choice)[..., 0]
+            nothing = q.new_zeros(len(q), len(nodes), q.shape[2])
+            q[:, nodes] = nothing.scatter_(2, ids, q_node)
     return tokens, q
 
 
-def method(s, lookahead, tree="0 1 00"):
+def tree(s: Sampler, lookahead: Lookahead, tree: str = "0 1 00") -> Step:
     """As `fused`, with the drafts of a tree in place of a chain: 1 to depth+1 tokens."""
     shape = Shape(tree, s.x.device)
     if shape.depth > len(lookahead.embeddings):
@@ -132,26 +155,30 @@ def method(s, lookahead, tree="0 1 00"):
     if shape.width > s.model.config.vocab_size:
         raise InputError(f"tree {tree!r} has more candidates than the model has tokens")
     N = shape.N
-    L = shape.depth
     lookahead = lookahead.ready(s.model)
-    lookahead.embeddings = lookahead.embeddings[:L]
-    offset, visible = layout(shape.path.tolist(), L, s.x.device)
-    cache = s.new_cache(s.model, len(offset), lookahead.memory)
-    group = Group(s, L)
+    lookahead.embeddings = lookahead.embeddings[:shape.depth]
+    layout = Layout(shape.path.tolist(), lookahead)
+    cache = s.new_cache(s.model, len(layout.offset), lookahead.new_cache)
+    group = Group(s, layout)
 
-    def step(u):
-        tokens, q = grow(shape, s, lookahead, group, u[:, :N])
-        positions = cache.length[:, None] + offset
-        h = lookahead.forward(s.model, tokens, cache, positions, visible)
+    def run(u):
+        u_draft, u_verify = u.split([N, 1 + N], 1)
+        tokens, q = grow(shape, s, lookahead, group, u_draft)
+        h = layout.run(s.model, tokens, cache)
         logits = s.model.logits(h)
-        p = s.probs(logits[:, :1 + N])
-        node, last = verify_tree(shape, p, q, tokens, u[:, N:])
+        p = s.target_probs(logits[:, :1 + N])
+        node, last = verify_tree(shape, p, q, tokens, u_verify)
         path, accepted = shape.path[node], shape.depths[node]
         cache.commit((1 + accepted) * s.alive, path)
-        group.keep(h, logits, 1 + N, node)
-        return ended_by(last, tokens.gather(1, path[:, 1:]), accepted), 1 + accepted
+        group.keep(h, logits, node)
+        return Made(tokens.gather(1, path[:, 1:]), accepted, last)
 
-    return Method(step, uniforms=2 * N + 1, drafts=L)
+    return Step(run, uniforms=2 * N + 1, drafts=shape.depth)
+
+
+TREE = Method(
+    tree, {**LOOKAHEAD_WORDS, "tree": dict(help='paths of ranks, such as "0 1 00"')}, read_words,
+    shape="tree")
 
 
 # ------------------------------------------ choosing a tree
@@ -160,7 +187,7 @@ MARGIN = 1.05  # what a tree must promise over plain decoding
 COLUMNS = (4, 6, 9, 12, 16, 24, 32, 48, 64)  # sizes of the blocks that `choose` tries
 
 
-def cover(p, logits, params, generator, ranks):
+def cover(p: Tensor, logits: Tensor, params: Params, generator: Generator, ranks: int) -> Tensor:
     """(N,ranks): the probability that one of k drafts for a place is accepted, k = 1 .. ranks, if
     they are drawn from q without replacement, as `grow` does, but from all tokens and not from a
     shortlist. That one is accepted is summed exactly; which token was refused is drawn, from
@@ -177,7 +204,7 @@ def cover(p, logits, params, generator, ranks):
     return torch.stack(accepted, 1)
 
 
-def best_tree(by_rank, depth, columns):
+def best_tree(by_rank: list[list[float]], depth: int, columns: int) -> tuple[list[str], float]:
     """The tree of this depth, in so many columns, that should accept most; and its tokens per step.
 
     by_rank [position][k]: the probability that one of the first k+1 candidates is accepted there. A
@@ -202,13 +229,13 @@ def best_tree(by_rank, depth, columns):
     return paths, 1 + sum(map(worth, paths))
 
 
-def best_of(by_rank, columns):
+def best_of(by_rank: list[list[float]], columns: int) -> tuple[list[str], float]:
     """`best_tree` of the depth that is best in so many columns."""
     trees = [best_tree(by_rank, depth, columns) for depth in range(1, 1 + len(by_rank))]
     return max(trees, key=lambda tree: tree[1])
 
 
-def table_for(lookahead, temperature):
+def table_for(lookahead: Lookahead, temperature: float) -> list[list[float]]:
     """by_rank of the look-ahead's file, at the nearest temperature; a guess where there is none."""
     known = lookahead.acceptance
     if not known:
@@ -218,7 +245,8 @@ def table_for(lookahead, temperature):
 
 
 @torch.inference_mode()
-def choose(model, lookahead, temperature, rows=1, graph=True):
+def choose(model: Llama, lookahead: Lookahead, temperature: float, rows: int = 1,
+           graph: bool = True) -> str | None:
     """The tree with the most expected tokens per second here, or None where plain decoding is
     faster. Times five steps of each, and says on stderr what it found."""
     by_rank = table_for(lookahead, temperature)

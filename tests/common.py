@@ -1,6 +1,8 @@
 """What the tests share: tiny models, statistics, planted bugs, and how to run a script."""
 import contextlib
-import importlib
+import importlib.abc
+import importlib.util
+import inspect
 import io
 import json
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from files import run_script
+from support.errors import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURE = Path(__file__).parent / "fixture"
@@ -20,13 +22,31 @@ ALPHA = 1e-6  # significance of every statistical test: 30 p-values, one false a
 
 # ------------------------- the code, as it is or with a bug
 
-# In the order in which they import one another. A bug is planted into a copy of all of them.
-MODULES = ["model", "pass_sampler", "beyond.lookahead", "beyond.fused", "beyond.tree",
-           "beyond.draft_model", "beyond.own_texts", "train_lookahead", "bench"]
+# A bug is planted into a copy of all of these.
+MODULES = ["support.text", "model", "pass_sampler", "train_lookahead", "bench", "beyond"]
+MODULES += [f"beyond.{path.stem}" for path in (ROOT / "beyond").glob("[a-z]*.py")]
 
 
 def source(module):
-    return ROOT / (module.replace(".", "/") + ".py")
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+class Planted(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports modules from {name: source}, in place of their files."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def find_spec(self, name, path, target=None):
+        if name in self.texts:
+            return importlib.util.spec_from_loader(
+                name, self, origin=str(source(name)), is_package=source(name).stem == "__init__")
+
+    def exec_module(self, module):
+        name = module.__name__
+        module.__file__ = str(source(name))
+        exec(compile(self.texts[name], f"{name}, planted", "exec"), module.__dict__)
 
 
 def bundle(modules):
@@ -37,26 +57,42 @@ def bundle(modules):
     return code
 
 
-@contextlib.contextmanager
-def planted(*patches):
-    """The code with bugs, for as long as the context lasts: each patch (old, new) replaces a piece
-    of the source that must be there exactly once."""
-    texts = {name: source(name).read_text() for name in MODULES}
+def with_patches(patches):
+    """{module: source} with bugs: each patch (old, new) replaces a piece of the source that must be
+    there exactly once."""
+    texts = {name: source(name).read_text(encoding="utf-8") for name in MODULES}
     for old, new in patches:
         homes = [name for name, text in texts.items() for _ in range(text.count(old))]
         if len(homes) != 1:
-            raise ValueError(f"the planted bug does not fit: {old!r} stands {len(homes)} times in "
-                             f"the source, not once: adapt tests/mutants.py")
+            raise DoesNotFit(f"{old!r} stands {len(homes)} times in the source, not once")
         texts[homes[0]] = texts[homes[0]].replace(old, new)
-    real, copies = {name: sys.modules[name] for name in MODULES}, {}
+    return texts
+
+
+class DoesNotFit(ValueError):
+    """The source has changed where a bug is planted."""
+
+
+def put(modules):
+    """Make these the modules that `import` finds."""
+    for name, module in modules.items():
+        sys.modules[name] = module
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+
+
+@contextlib.contextmanager
+def planted(*patches):
+    """The code with bugs, for as long as the context lasts."""
+    finder = Planted(with_patches(patches))
+    real = {name: sys.modules.pop(name) for name in MODULES}
+    sys.meta_path.insert(0, finder)
     try:
-        for name, text in texts.items():
-            copies[name] = sys.modules[name] = types.ModuleType(name)
-            copies[name].__file__ = str(source(name))
-            exec(compile(text, f"{name}, planted", "exec"), copies[name].__dict__)
-        yield bundle(copies)
+        yield bundle({name: importlib.import_module(name) for name in MODULES})
     finally:
-        sys.modules.update(real)
+        sys.meta_path.remove(finder)
+        put(real)
 
 
 # ---------------------------------------------- tiny models
@@ -103,6 +139,29 @@ def random_lookahead(llama, L, parts=("memory", "head"), seed=5, module=None, ke
     if "head" in parts:
         lookahead.head_in, lookahead.head_out = head_in, head_out
     return lookahead
+
+
+def options_of(method, module=None):
+    """The names of a method's options in Python."""
+    methods = (module or sys.modules["pass_sampler"]).METHODS
+    return [*inspect.signature(methods[method].step).parameters][1:]
+
+
+def options(method, llama, parts=()):
+    """What a method needs, by the names of its options: a look-ahead, a tree, a draft model unlike
+    the model."""
+    names = options_of(method)
+    words = {}
+    if "lookahead" in names:
+        words["lookahead"] = random_lookahead(llama, 3, parts)
+    if "tree" in names:
+        words["tree"] = "0 1 00 01 000"
+    if "draft_model" in names:
+        c = llama.config
+        words["length"] = 3
+        words["draft_model"] = tiny(c.vocab_size, seed=8, dtype=llama.embedding.dtype,
+                                    context=c.context, stop=c.stop_tokens)
+    return words
 
 
 # ----------------------------------------------- statistics

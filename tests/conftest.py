@@ -8,7 +8,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 torch.set_num_threads(1)  # the models here are tiny: a second thread only waits
 
-from common import ROOT, save, sentencepiece, tiny  # noqa: E402
+from common import ROOT, save, sentencepiece, tiny
 
 
 @pytest.fixture(scope="session")

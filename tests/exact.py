@@ -1,58 +1,81 @@
 """Everything that a step may do, and how probable it is: not sampled but enumerated.
 
-All chance enters a step through its uniforms, and between thresholds (the cumulative shares of
-what is drawn from, and p/q) its outcome is constant. tests/naive.py has each method as an
-algorithm that says where its thresholds are. So `every_path` lists all ways that chance can take,
-each a cell of uniforms with its size; then the step that the samplers run is run on a batch of all
-cells, once at their lower ends and once at their upper. From the outcomes and the sizes
+All chance enters a step through its uniforms. The outcome of a step depends on a uniform only
+through comparisons with thresholds: p/q to accept, or the cumulative shares of what is drawn from.
+tests/naive.py has each method as an algorithm that says where its thresholds are. `every_path`
+follows the algorithm through all choices that chance can make. Each path is a box: an interval for
+each uniform that the path uses; the box's volume is the probability of the path.
+
+Then the step that the samplers run is run on a batch with a row for each box, once with the
+uniforms near the lower ends of the intervals and once near the upper. From outcomes and volumes
 `check_exact` adds up the distribution of the text, and compares it with the chain rule,
 p(x_1) p(x_2 | x_1) .., of the naive model.
+
+An example, a step of `fused` with V = 2 and L = 1, where q = (.5, .5) and p = (.8, .2), and p' is
+what follows the draft. The algorithm draws the draft by u_0, judges it by u_1, draws the last token
+by u_2:
+
+    path                             u_0       u_1       u_2            probability
+    draft 0, accepted, then 0        [0, .5)   [0, 1)    [0, p'(0))     .5 p'(0)
+    draft 0, accepted, then 1        [0, .5)   [0, 1)    [p'(0), 1)     .5 p'(1)
+    draft 1, accepted, then 0 or 1   [.5, 1)   [0, .4)   as above       .2 together
+    draft 1, rejected, then 0        [.5, 1)   [.4, 1)   [0, 1)         .3, the residual is (1, 0)
+
+Token 0 comes first with .5 + .3 = .8, and token 1 with .2: that is p. A step that, say, drew from p
+after the rejection would give token 1 in the last box for u_2 near 1, and token 0 for u_2 near 0:
+two outcomes in one box, which is what `compare_ends` reports.
 """
+import inspect
 from functools import cache
 
-import torch
-
 import naive
-from common import REAL
+import torch
+from common import REAL, options_of
 
-TOLERANCE = 1e-6
-LITTLE = 1e-5  # how far inside a cell: angles of rotary positions are float32, residuals are small
-PROMPTS = [[2, 0, 1], [0, 1, 2, 0, 1], [1]]  # rows of different lengths stand in one batch
+TOLERANCE = 1e-6  # of a probability, given the text before it
+# Shares of a box beside this much of the whole are not judged: thresholds are float32 in part.
+LEAST = 1e-4
+INSIDE = 1e-5  # How far inside an interval: angles of rotary positions are float32.
+PROMPTS = [[2, 0, 1], [0, 1, 2, 0, 1], [1]]  # Rows of different lengths stand in one batch.
 
 
 class Path:
-    """One way through all choices: repeats `taken`, then takes the first outcome of each choice."""
+    """One way through all choices: it repeats `choices`, then takes the first outcome of each."""
 
-    def __init__(self, taken):
-        self.taken, self.sizes, self.cells, self.weight = list(taken), [], {}, 1.0
+    def __init__(self, choices):
+        self.choices = list(choices)
+        self.branching = []  # how many outcomes each choice had
+        self.intervals = {}  # {uniform: (low, high)}
+        self.probability = 1.0
 
     def choose(self, i, weights):
-        """An outcome, an index into weights, that uniform i decides: the ends of its cell are
-        kept."""
+        """An outcome, an index into weights, that uniform i decides."""
         possible = [k for k, w in enumerate(weights) if w > 1e-12]
-        if len(self.sizes) == len(self.taken):
-            self.taken.append(0)
-        k = possible[self.taken[len(self.sizes)]]
-        self.sizes.append(len(possible))
+        made = len(self.branching)
+        if made == len(self.choices):
+            self.choices.append(0)
+        k = possible[self.choices[made]]
+        self.branching.append(len(possible))
+        assert i not in self.intervals, f"the algorithm uses uniform {i} twice"
         low = sum(weights[:k])
-        assert i not in self.cells, f"the algorithm uses uniform {i} twice"
-        self.cells[i] = (low, low + weights[k])
-        self.weight *= weights[k]
+        self.intervals[i] = (low, low + weights[k])
+        self.probability *= weights[k]
         return k
 
 
 def every_path(run):
     """[(what run(path) returned, the path)] for every way that chance can take."""
-    found, taken = [], []
+    found = []
+    choices = []
     while True:
-        path = Path(taken)
+        path = Path(choices)
         found.append((run(path), path))
-        taken = path.taken
-        while taken and taken[-1] + 1 == path.sizes[len(taken) - 1]:
-            taken.pop()
-        if not taken:
+        choices = path.choices
+        while choices and choices[-1] + 1 == path.branching[len(choices) - 1]:
+            choices.pop()
+        if not choices:
             return found
-        taken[-1] += 1
+        choices[-1] += 1
 
 
 @cache
@@ -63,59 +86,73 @@ def judge(parts, seed=3):
 
 
 def algorithm(method, parts, shape):
-    """The step of tests/naive.py as a function (text, settings, choose, cold)."""
-    model, step = judge(parts), {"pass": naive.parallel}.get(method)
-    step = step or getattr(naive, method.replace("-", "_"))
-    words = {} if method == "autoregressive" else {"L": shape}
-    if method == "tree":
-        words = {"paths": shape.split()}
-    if method == "draft-model":
+    """The step of tests/naive.py as a function (text, settings, choose, cold). shape: L, or the
+    paths of a tree."""
+    step = naive.parallel if method == "pass" else getattr(naive, method.replace("-", "_"))
+    names = inspect.signature(step).parameters
+    words = {}
+    if "L" in names:
+        words["L"] = shape
+    if "paths" in names:
+        words["paths"] = shape.split()
+    if "small" in names:
         words["small"] = judge(None, 9)
-    return lambda *more: step(model, *more, **words)
+    return lambda *more: step(judge(parts), *more, **words)
 
 
-def run_cells(code, method, params, parts, shape, prompts, cells):
-    """Run steps, on random models of three tokens and on chosen uniforms. cells: per row and step
-    {uniform: value}. Returns, per row, a list over steps of the tokens that count."""
-    llama, options = code.tiny(3, seed=3), {}
-    if method in ("pass", "fused", "tree"):
-        L = 3 if method == "tree" else shape
-        options["lookahead"] = code.random_lookahead(llama, 3, parts, keep=L)
-    if method == "tree":
-        options["tree"] = shape
-    if method == "draft-model":
-        options = {"draft_model": code.tiny(3, seed=9), "length": shape}
-    s = code.pass_sampler.Sampler(
-        llama, method, params, len(prompts), 5 + 5 * len(cells[0]), **options)
+def real_options(code, llama, method, parts, shape):
+    """The options of the method that is judged, as `algorithm` has them."""
+    names = options_of(method, code.pass_sampler)
+    words = {}
+    if "lookahead" in names:
+        L = None if "tree" in names else shape
+        words["lookahead"] = code.random_lookahead(llama, 3, parts, keep=L)
+    if "tree" in names:
+        words["tree"] = shape
+    if "length" in names:
+        words["length"] = shape
+    if "draft_model" in names:
+        words["draft_model"] = code.tiny(3, seed=9)
+    return words
+
+
+def run_boxes(code, method, params, parts, shape, prompts, uniforms):
+    """Run steps, on random models of three tokens. uniforms: per row and step {number: value}.
+    Returns, per row, a list over steps of the tokens that each step made."""
+    llama = code.tiny(3, seed=3)
+    words = real_options(code, llama, method, parts, shape)
+    steps = len(uniforms[0])
+    s = code.pass_sampler.Sampler(llama, method, params, len(prompts), 5 + 5 * steps, **words)
     outcomes = [[] for _ in prompts]
     with torch.inference_mode():
         s.alive.fill_(1)
         s.prefill(prompts)
-        for step in range(len(cells[0])):
+        for step in range(steps):
             s.u.fill_(0.5)
-            index = [(row, i) for row, cell in enumerate(cells) for i in cell[step]]
-            values = [cells[row][step][i] for row, i in index]
-            s.u[tuple(torch.tensor(index).T)] = torch.tensor(values, dtype=torch.float64)
-            for row, (*tokens, count, finite) in enumerate(s.advance().tolist()):
-                outcomes[row].append(tokens[:count])
+            chosen = [(row, i, value) for row, of_row in enumerate(uniforms)
+                      for i, value in of_row[step].items()]
+            row, i, value = zip(*chosen)
+            s.u[list(row), list(i)] = torch.tensor(value, dtype=torch.float64)
+            for row, made in enumerate(s.on_host(s.advance())):
+                outcomes[row].append(made.tokens)
     return outcomes
 
 
 def check_exact(code, method, settings=(1.0,), parts=(), shape=2, steps=1):
     """`steps` steps after PROMPTS (several: after the last two), in one batch, by uniforms from
-    every cell.
+    every box.
 
-    1. Both ends of a cell have one outcome: thresholds are where the algorithm has them.
+    1. Both ends of a box have one outcome: thresholds are where the algorithm has them.
     2. After every text, the next token comes with the probability p of the naive model.
     3. Drafts are accepted with probability min(p, q), q being the naive look-ahead's.
     """
     params = code.pass_sampler.Params(*settings)
-    algorithm_ = algorithm(method, parts, shape)
+    step_of = algorithm(method, parts, shape)
 
     def run(path, prompt):
         text, made = list(prompt), []
         for step in range(steps):
-            first, kept, last = algorithm_(
+            first, kept, last = step_of(
                 text, settings, lambda i, w: path.choose((step, i), w), step == 0)
             made.append((first, kept, last))
             text = text + first + kept + [last]
@@ -125,31 +162,35 @@ def check_exact(code, method, settings=(1.0,), parts=(), shape=2, steps=1):
     for prompt in PROMPTS if steps == 1 else PROMPTS[1:]:
         rows += [(prompt, *found) for found in every_path(lambda path: run(path, prompt))]
     ends = []
-    for end in (0, 1):
-        cells = []
-        for _, _, path in rows:
-            cell = [{} for _ in range(steps)]
-            for (step, i), (low, high) in path.cells.items():
-                inside = min(LITTLE, (high - low) / 4)
-                cell[step][i] = high - inside if end else low + inside
-            cells.append(cell)
-        ends.append(run_cells(code, method, params, parts, shape, [row[0] for row in rows], cells))
+    for upper in (False, True):
+        uniforms = [within(path, steps, upper) for _, _, path in rows]
+        prompts = [row[0] for row in rows]
+        ends.append(run_boxes(code, method, params, parts, shape, prompts, uniforms))
     compare_ends(method, rows, *ends)
     compare_texts(method, settings, parts, rows, ends[0])
     if method != "autoregressive":
         compare_drafts(method, rows, ends[0])
 
 
+def within(path, steps, upper):
+    """Per step {uniform: value} of a box, near its upper corner or near its lower."""
+    found = [{} for _ in range(steps)]
+    for (step, i), (low, high) in path.intervals.items():
+        inside = min(INSIDE, (high - low) / 4)
+        found[step][i] = high - inside if upper else low + inside
+    return found
+
+
 def compare_ends(method, rows, low, high):
-    """Raise AssertionError for the cell of most weight whose ends differ."""
+    """Raise AssertionError for the most probable box whose ends differ."""
     different = [i for i in range(len(rows)) if low[i] != high[i]]
     if not different:
         return
-    i = max(different, key=lambda i: rows[i][2].weight)
+    i = max(different, key=lambda i: rows[i][2].probability)
     prompt, made, path = rows[i]
-    cells = {key: (round(a, 4), round(b, 4)) for key, (a, b) in path.cells.items()}
+    box = {key: (round(a, 4), round(b, 4)) for key, (a, b) in path.intervals.items()}
     raise AssertionError(
-        f"{method}, after {prompt}: {len(different)} of {len(rows)} cells. Uniforms in {cells}, "
+        f"{method}, after {prompt}: {len(different)} of {len(rows)} boxes. Uniforms in {box}, "
         f"(step, number), lie between the thresholds that the method has (p/q to accept; the "
         f"cumulative shares of p, of q, or of the residual max(0, p - q) to draw), so there should "
         f"be one outcome, {made} (model's token, accepted drafts, last token, per step), but it is "
@@ -158,22 +199,22 @@ def compare_ends(method, rows, low, high):
 
 
 def compare_texts(method, settings, parts, rows, outcomes):
-    """Raise AssertionError where the next token does not follow p: the text that is farthest
-    off."""
+    """Raise AssertionError where, given a text, the next token does not follow p: the text that is
+    farthest off. Texts less probable than LEAST are not judged."""
     reached = {}
     for (prompt, _, path), made in zip(rows, outcomes):
         text = tuple(sum(made, []))
         for i, token in enumerate(text):
             shares = reached.setdefault((tuple(prompt), text[:i]), [0.0] * 3)
-            shares[token] += path.weight
+            shares[token] += path.probability
     worst = (TOLERANCE, "")
     for (prompt, text), weights in reached.items():
         total = sum(weights)
-        if total < 1e-4:
+        if total < LEAST:
             continue
         p = naive.probs(judge(parts).next_logits([*prompt, *text]), *settings)
         shares = [w / total for w in weights]
-        off = max(abs(a - b) for a, b in zip(p, shares)) * total
+        off = max(abs(a - b) for a, b in zip(p, shares))
         if off > worst[0]:
             worst = (off, f"{method}: after {list(prompt)} + {list(text)} the next token is "
                      f"distributed as {[round(s, 6) for s in shares]}, but the model says "
@@ -194,7 +235,7 @@ def compare_drafts(method, rows, outcomes):
             for table, drafts in ((expected, kept), (got, real[len(first):-1])):
                 for n in range(1, 1 + len(drafts)):
                     key = (history, *first, *drafts[:n])
-                    table[key] = table.get(key, 0.0) + path.weight
+                    table[key] = table.get(key, 0.0) + path.probability
             history += (*first, *kept, last)
     off = {key: abs(expected.get(key, 0) - got.get(key, 0)) for key in expected | got}
     worst = max(off, key=off.get, default=None)

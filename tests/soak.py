@@ -17,11 +17,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import torch
-
 from common import REAL
-from pass_sampler import METHODS, Params
 from test_beyond import siblings_p_value
 from test_equivalence import joint_p_values, single_p_value
+
+from pass_sampler import METHODS, Params
 
 TREES = ["0 00 000", "0 1", "0 1 2 00 01", "0 1 00 01 10 000 001"]
 

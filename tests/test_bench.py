@@ -9,17 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from common import REAL, run_main, whole
 
 import bench
-import files
-from common import REAL, ROOT, run_main, whole
-from files import Tokenizer, fingerprint, write_tensors
 from model import Config
 from pass_sampler import Params, Sampler
-
-sys.path.insert(0, str(ROOT / "demo"))
-import humaneval
-import samples
+from results import humaneval, peers, quality
+from support.checkpoint import fingerprint
+from support.storage import write_tensors
+from support.tokenizer import Tokenizer
 
 # In a container it may be forbidden.
 SHUT_IN = (shutil.which("unshare")
@@ -53,7 +51,9 @@ def call(folder, prompts, tmp_path, capsys):
     def call(command, *words, ok=True):
         read = ["--prompts", prompts] if command not in ("cost", "memory") else []
         words = ["--model", folder, "--json", tmp_path / "out.json", *read, *words]
-        code, out, err = run_main(bench, capsys, command, *words)
+        script = {"quality": quality, "peers": peers}.get(command, bench)
+        first = [command] if script is bench else []
+        code, out, err = run_main(script, capsys, *first, *words)
         if not ok:
             assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
             return err
@@ -187,7 +187,7 @@ def test_peak_is_what_was_held():
     def work():
         torch.ones(30_000_000).sum()  # 120 MB
 
-    assert 110e6 < files.peak_memory(torch.device("cpu"), work) < 200e6
+    assert 110e6 < bench.peak_memory(torch.device("cpu"), work) < 200e6
 
 
 def test_quality_sees_what_differs(call, monkeypatch):
@@ -228,11 +228,11 @@ def test_two_samples_and_their_power():
 
     def p(shift):
         a, b = torch.randn(2, 5, 8, generator=g)
-        return samples.two_sample(level + a, level + b + shift, 999)
+        return quality.two_sample(level + a, level + b + shift, 999)
 
     assert sum(p(0) <= 0.05 for _ in range(200)) <= 24
     of_variance_1 = torch.tensor([-1.0, 1.0] * 4).expand(5, 8) * (7 / 8) ** 0.5
-    promised = samples.power(of_variance_1, 0.6)
+    promised = quality.power(of_variance_1, 0.6)
     found = sum(p(0.6) <= 0.05 for _ in range(200)) / 200
     assert abs(found - promised) < 4 * (promised * (1 - promised) / 200) ** 0.5
 
@@ -322,10 +322,12 @@ def test_human_eval(folder, tmp_path, capsys, monkeypatch):
 # -------------------------------------------------- bad input
 
 @pytest.mark.parametrize("words, says", [
-    (["--methods", "magic"], "no method 'magic'"), (["--methods", "pass=0 1"], "must be a number"),
+    (["--methods", "magic"], "no method 'magic'"),
+    (["--methods", "pass=0 1"], "0 1 must be a number"),
     (["--methods", "pass", "draft-model"], "need each other"),
     (["--kinds", "verse"], "no such 'verse'"), (["--temperatures", "-1"], "temperature and"),
-    (["--methods", "autoregressive=2"], "no effect"), (["--draft-model", "x"], "need each other"),
+    (["--methods", "autoregressive=2"], "length has no effect"),
+    (["--draft-model", "x"], "need each other"),
     (["--count", "0"], "--count must be 1"), (["--rows", "2", "0"], "--rows must be 1"),
     (["--json", "/nowhere/file"], "its folder must exist"),
     (["--new-tokens", "999"], "more than the model's context"),

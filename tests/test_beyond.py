@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-
-from beyond.tree import best_tree, choose
 from common import ALPHA, REAL, check_power, p_value, random_lookahead, tiny
 from exact import check_exact
-from files import InputError
-from pass_sampler import Params, generate, probs
 from test_equivalence import SETTINGS, check_joint, ends
+
+from beyond.tree import best_tree, choose
+from pass_sampler import Params, generate, probs
+from support.errors import InputError
 
 BOTH = ("memory", "head")
 BEYOND = ["fused", "tree", "draft-model"]
@@ -88,7 +88,7 @@ def siblings(code, width, params, rows, seed=0):
     shape = code.tree.Shape(" ".join(str(k) for k in range(width)), "cpu")
     lookahead = code.random_lookahead(llama, 1, ()).ready(llama)
     s = code.pass_sampler.Sampler(llama, "autoregressive", params, rows, 20)
-    group = code.fused.Group(s, 1)
+    group = code.fused.Group(s, code.fused.Layout([[0]], lookahead))
     group.logits.copy_(LOGITS)
     u = torch.rand(rows, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     tokens, q = code.tree.grow(shape, s, lookahead, group, u)
@@ -153,17 +153,16 @@ def test_groups(code=REAL):
     llama = code.tiny(30)
     lookahead = code.random_lookahead(llama, 2).ready(llama)
     paths = [0], [0, 1], [0, 2], [0, 1, 3]  # the tree "0 1 00"
-    offset, visible = code.fused.layout(paths, 2, "cpu")
+    layout = code.fused.Layout(paths, lookahead)
 
     def after(text):
-        cache = code.model.Cache(llama, 1, 40).with_memory(lookahead.memory)
+        cache = lookahead.new_cache(llama, 1, 40)
         llama(torch.tensor([text]), cache)
         cache.commit(len(text))
         return cache
 
     cache = after([1, 2, 3])
-    h = lookahead.forward(
-        llama, torch.tensor([[4, 5, 6, 7]]), cache, cache.length[:, None] + offset, visible)
+    h = layout.run(llama, torch.tensor([[4, 5, 6, 7]]), cache)
     for node, path in enumerate([[4], [4, 5], [4, 6], [4, 5, 7]]):
         cache = after([1, 2, 3, *path[:-1]])
         expected = lookahead.forward(llama, torch.tensor([path[-1:]]), cache)

@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from common import FIXTURE
-from files import InputError, load_tokenizer
-from model import Config, Llama, has_fbgemm
+from safetensors.torch import load_file, save_file
 from test_model import config_with
+
+from model import Config, Llama, has_fbgemm
+from support.errors import InputError
+from support.tokenizer import load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 DEFAULT = {"rope_type": "default"}

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
-import pass_sampler
 from common import ROOT, run_main, sentencepiece
+
+import pass_sampler
 
 
 def call(capsys, *arguments):

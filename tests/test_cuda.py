@@ -2,15 +2,14 @@
 too; decisions are those of the CPU; training runs. Skipped where there is no GPU."""
 import pytest
 import torch
+from common import options, run_main
 
 import bench
 import pass_sampler
 import train_lookahead
 from beyond.tree import Shape, verify_tree
-from common import run_main
 from model import Llama
 from pass_sampler import METHODS, Params, Sampler, verify
-from test_equivalence import options
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15]]

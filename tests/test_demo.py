@@ -1,6 +1,5 @@
 """demo/: the model that ships with the repository, and the code that made it."""
 import json
-import sys
 from argparse import Namespace
 from functools import cache
 from pathlib import Path
@@ -9,20 +8,16 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
+from common import ROOT, run_main, tiny
 
 import beyond.own_texts
 import pass_sampler
-from common import ROOT, run_main, tiny
-from files import InputError, load_tokenizer
+from demo.recipes import distill, pretrain, to_gguf
 from model import Cache, Config, Llama, has_fbgemm
 from pass_sampler import Lookahead, Params, Sampler, generate, load_lookahead
-
-sys.path.insert(0, str(ROOT / "demo"))
-import distill
-import generation
-import page
-import pretrain
-import to_gguf
+from results import generation, page
+from support.errors import InputError
+from support.tokenizer import load_tokenizer
 
 DEMO = ROOT / "demo" / "model"
 
@@ -65,7 +60,7 @@ def prompts(n, length=48):
 
 
 def test_config_and_size():
-    """It is what demo/pretrain.py makes, and small enough to lie in a repository."""
+    """It is what demo/recipes/pretrain.py makes, and small enough to lie in a repository."""
     assert json.loads((DEMO / "config.json").read_text()) == pretrain.CONFIG
     assert sum(path.stat().st_size for path in DEMO.iterdir()) < 30e6
     model = Llama(Config.load(DEMO), device="meta")

@@ -12,13 +12,13 @@ import itertools
 from dataclasses import asdict, astuple
 from functools import cache
 
+import naive
 import pytest
 import torch
-
-import naive
-from common import ALPHA, REAL, check_power, p_value, random_lookahead, tiny
+from common import ALPHA, REAL, check_power, options, options_of, p_value, random_lookahead, tiny
 from exact import check_exact
-from pass_sampler import METHODS, Params, Sampler, generate
+
+from pass_sampler import METHODS, Params, Sampler
 
 # ------------------------------------ 1. the rejection rule
 
@@ -99,9 +99,10 @@ def test_zeros(code=REAL):
         assert allowed[last] > 0, f"u = {u}: token {last.item()} came out, of residual 0"
 
 
-PARAMS = [Params(0), Params(1), Params(0.5), Params(2, top_k=3), Params(1, top_p=0.7),
-          Params(0.7, 4, 0.8), Params(1, 100, 1.0), Params(1, 1), Params(1e-9), Params(1e9),
-          Params(1, top_p=1e-9)]
+# Settings of `Params` that steps are enumerated with; a new parameter needs values here. EXTREME
+# ones are for `probs` alone.
+SETTINGS = [(0.0,), (1.0,), (0.5,), (1.0, 2), (1.0, 0, 0.7), (0.7, 2, 0.8), (1.5, 2)]
+EXTREME = [(1, 100, 1.0), (1, 1), (1e-9,), (1e9,), (1, 0, 1e-9), (2, 3), (0.7, 4, 0.8)]
 
 
 def test_probs(code=REAL):
@@ -111,8 +112,9 @@ def test_probs(code=REAL):
     logits[1, 3:6] = logits[1, 2]  # ties at the k-th logit and at the threshold of top-p
     logits[2] = 0
     logits[3, :4] = -1e30
-    for params in PARAMS:
-        rows = [naive.probs(row, *astuple(params)) for row in logits.tolist()]
+    for settings in SETTINGS + EXTREME:
+        params = code.pass_sampler.Params(*settings)
+        rows = [naive.probs(row, *settings) for row in logits.tolist()]
         expected = torch.tensor(rows, dtype=torch.float64)
         got = code.pass_sampler.probs(logits, params)
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-9, msg=lambda text: (
@@ -123,9 +125,6 @@ def test_probs(code=REAL):
 
 
 # --------------------------------- 2. steps, by enumeration
-
-SETTINGS = [(0.0,), (1.0,), (0.5,), (1.0, 2), (1.0, 0, 0.7), (0.7, 2, 0.8), (1.5, 2)]
-
 
 @pytest.mark.parametrize("method, L, settings, steps", [
     *[("autoregressive", 0, some, 3) for some in SETTINGS],
@@ -138,8 +137,9 @@ def test_steps(method, L, settings, steps):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_exact(method):
-    """So that none goes without a proof, whatever else is tried of it."""
-    check_exact(REAL, method, (1.0,), ("memory", "head"), "0" if method == "tree" else 1, steps=2)
+    """A method that is new has this proof before it has any other."""
+    shape = "0" if "tree" in options_of(method) else 1
+    check_exact(REAL, method, (1.0,), ("memory", "head"), shape, steps=2)
 
 
 def test_random_lookaheads_are_of_use():
@@ -155,31 +155,16 @@ def test_random_lookaheads_are_of_use():
 
 
 def test_every_parameter_is_tried():
-    """In PARAMS and in SETTINGS, at a value that is not its default."""
+    """In SETTINGS, at a value that is not its default."""
     for name, default in asdict(Params(1)).items():
-        for tried in (PARAMS, [Params(*some) for some in SETTINGS]):
-            assert any(getattr(params, name) != default for params in tried), name
+        tried = [getattr(Params(*settings), name) for settings in SETTINGS]
+        assert any(value != default for value in tried), name
 
 
 # ----------------- 3. whole texts, with real random numbers
 
 PROMPTS = [[1], [2, 3, 1], [0, 1, 2, 3, 3, 1, 2]]
 ROWS, BATCHES, SINGLE = 300, 20, 800  # 6,000 texts per test, a third after each prompt
-
-
-def options(method, llama, parts=()):
-    """What a method needs: a look-ahead, a tree, a draft model unlike the model."""
-    c = llama.config
-    words = {}
-    if method in ("pass", "fused", "tree"):
-        words["lookahead"] = random_lookahead(llama, 3, parts)
-    if method == "tree":
-        words["tree"] = "0 1 00 01 000"
-    if method == "draft-model":
-        words["length"] = 3
-        words["draft_model"] = tiny(c.vocab_size, seed=8, dtype=llama.embedding.dtype,
-                                    context=c.context, stop=c.stop_tokens)
-    return words
 
 
 @cache
@@ -250,18 +235,3 @@ def test_single_rows_follow_the_model(method):
 def test_power(n, length, params, shift):
     """The smallest deviation, in total variation, that these tests find with a power of 99 %."""
     check_power(exact_texts(tuple(PROMPTS[1]), params, length), n, shift)
-
-
-@pytest.mark.parametrize("method", [*METHODS][1:])
-def test_greedy_texts_are_those_of_plain_decoding(method):
-    """float32: 30 prompts of 1 to 30 tokens, as one ragged batch, and one by one."""
-    llama, generator = tiny(30, dtype=torch.float32, context=256, stop=(7,)), torch.Generator()
-    generator.manual_seed(0)
-    prompts = [torch.randint(30, (1 + i,), generator=generator).tolist() for i in range(30)]
-    expected = generate(llama, prompts, "autoregressive", max_new_tokens=40)["tokens"]
-    assert len({len(text) for text in expected}) > 3  # some stop early
-    for parts in ((), ("memory", "head")):
-        words = options(method, llama, parts=parts)
-        assert generate(llama, prompts, method, max_new_tokens=40, **words)["tokens"] == expected
-        sampler = Sampler(llama, method, Params(0), 1, 100, **words)
-        assert [sampler.generate([p], 40)["tokens"][0] for p in prompts[::3]] == expected[::3]

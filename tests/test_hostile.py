@@ -13,13 +13,14 @@ import time
 
 import pytest
 import torch
+from common import ROOT, run_main
 from safetensors.torch import load_file
 
-import files
 import pass_sampler
-from common import ROOT, run_main
-from files import InputError, write_tensors
 from model import Llama
+from support import errors
+from support.errors import InputError
+from support.storage import check_writable, write_tensors
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ for ranks in ("[]", '[["a"]]', "[[]]", "[[NaN]]", "[[-1]]"):
 
 
 @pytest.mark.parametrize("tensors, about, says", [
-    ({"embeddings": torch.zeros(3, 15)}, "{}", "finite floats of shape [3, 16]"),
+    ({"embeddings": torch.zeros(3, 15)}, "{}", "finite floats of shape (any, 16)"),
     ({"embeddings": torch.zeros(3, 16, dtype=torch.long)}, "{}", "finite floats"),
     ({"embeddings": torch.full((3, 16), torch.nan)}, "{}", "finite floats"),
     ({"weights": torch.zeros(3, 16)}, "{}", "no look-ahead file"),
@@ -178,16 +179,16 @@ def test_only_a_lack_of_memory_is_called_one():
     for said in ("CUDA out of memory. Tried to allocate 9 GiB",
                  "Storage size calculation overflowed",
                  "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"):
-        assert files.MEMORY.search(said)
+        assert errors.MEMORY.search(said)
     for said in ("an illegal memory access was encountered", "refers to a single memory location"):
-        assert not files.MEMORY.search(said)
+        assert not errors.MEMORY.search(said)
 
 
 def test_read_only_folder(tmp_path, monkeypatch):
     # Tests may run as root, who may write everywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(InputError, match="cannot write"):
-        files.check_writable(tmp_path / "out")
+        check_writable(tmp_path / "out")
 
 
 def test_interrupted(folder, data, tmp_path):

@@ -2,14 +2,14 @@
 import json
 import shutil
 
+import naive
 import pytest
 import torch
+from common import FIXTURE, REAL, whole
 from safetensors.torch import load_file, save_file
 
-import naive
-from common import FIXTURE, REAL, whole
-from files import InputError
-from model import DTYPES, Cache, Config, Llama, has_fbgemm
+from model import Cache, Config, Llama, has_fbgemm
+from support.errors import DTYPES, InputError
 
 
 @pytest.mark.parametrize("name", ["tied", "untied", "plain"])
@@ -65,7 +65,7 @@ def test_model(code=REAL):
     """Logits against the naive model's: ragged rows; blocks that are committed in part, in full,
     along a path, or not at all; a memory that nobody sees in the cache."""
     model = code.tiny(5, seed=2)
-    cache = code.model.Cache(model, 2, 16).with_memory(code.random_lookahead(model, 1).memory)
+    cache = code.random_lookahead(model, 1).new_cache(model, 2, 16)
     judge = naive.Model(model)
     texts = [[1, 2, 3, 4, 0], [4, 0]]
 
@@ -84,10 +84,11 @@ def test_model(code=REAL):
             agree(logits[row, i], text[:i + 1], row)
     cache.commit(torch.tensor([5, 2]))
     run([[2, 2, 2], [1, 1, 1]])  # as if it had never run
-    path = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]).bool()
-    # A root, two children, a grandchild.
+    # A root, two children, a grandchild; committed columns first, what is not used yet last.
+    path = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0],
+                         [1, 1, 0, 1, 1, 0]]).bool()
     positions = cache.length[:, None] + torch.tensor([0, 1, 1, 2])
-    logits = run([[3, 1, 2, 4], [0, 2, 1, 1]], positions=positions, mask=cache.mask(4, path))
+    logits = run([[3, 1, 2, 4], [0, 2, 1, 1]], positions=positions, mask=cache.mask(path))
     for row, (root, _, child, grandchild) in enumerate([[3, 1, 2, 4], [0, 2, 1, 1]]):
         agree(logits[row, 3], texts[row] + [root, child, grandchild], row, "in a tree, the logits")
     cache.commit(torch.tensor([3, 2]), torch.tensor([[0, 2, 3], [0, 1, 0]]))

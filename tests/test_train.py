@@ -11,19 +11,20 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import naive
 import pytest
 import torch
+from common import REAL, ROOT, run_main, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import beyond.own_texts
-import files
-import naive
 import train_lookahead
-from beyond.lookahead import initial_head, initial_memory
-from common import REAL, ROOT, run_main, tiny
-from files import load_tokenizer
+from beyond.training import initial_memory, initial_parts
 from model import Cache, Config, Llama
+from support.checkpoint import fingerprint, read_texts
+from support.data import read_data, split_files
+from support.tokenizer import load_tokenizer
 
 SMALL = ["--length", "2", "--memory", "3", "--head", "4"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -95,14 +96,14 @@ def test_expected(code=REAL):
     text[:, n + 1] = x  # what LA_1 guesses
     text[:, n + 2] = y
     with torch.no_grad():
-        by_rank, chain = train_module.measure(
-            model, lookahead, code.pass_sampler.Params(1), text, 0, g, ranks=2)
+        share, chain = train_module.measure(
+            model, lookahead, code.pass_sampler.Params(1), text, 0, g, train_module.accepted_once)
         places, offset = torch.full((16, 1), n), torch.zeros(16, dtype=torch.long)
         read = train_module.prefix(model, text, offset, 3)
         h, target, _ = train_module.states(model, lookahead, text, places, offset, *read)
         p, q = (model.logits(states).softmax(-1).view(16, 3, 4) for states in (target, h))
     both, rows = torch.minimum(p, q), torch.arange(16)
-    torch.testing.assert_close(by_rank[:, :, 0], both.sum(2))
+    torch.testing.assert_close(share[:, :, 0], both.sum(2))
     after_y = both[rows, 1, y] * (1 + both[:, 2].sum(1))
     after_x = both[::4, 0].diagonal() * (1 + after_y.view(4, 4).sum(1))
     weight = p[rows, 0, x] * p[rows, 1, y]
@@ -136,7 +137,8 @@ def test_what_training_begins_with():
     model, g = tiny(30), torch.Generator().manual_seed(0)
     keys = initial_memory(model, torch.tensor([[5, 7, 5]]))[0, 0]
     assert torch.allclose(keys[0], keys[2]) and not torch.allclose(keys[0], keys[1])
-    assert not initial_head(model, 4, g)["head_out"].any()
+    parts = initial_parts(model, torch.arange(9), SimpleNamespace(memory=0, head=4), g)
+    assert not parts["head_out"].any() and parts["head_in"].shape == (4, 32)
     rates = [train_lookahead.rate(step, 100) for step in (0, 4, 10, 50, 100)]
     assert rates == pytest.approx([0.1, 0.498, 0.976, 0.5, 0], abs=1e-3)
 
@@ -150,7 +152,7 @@ def test_frozen(code=REAL):
     args = SimpleNamespace(
         length=2, memory=2, head=3, batch=8, seed=0, steps=2, process=0, processes=1)
     parts = train_module.initial(model, pool, args)
-    optimizer = torch.optim.Adam([{"params": [p], "name": name} for name, p in parts.items()])
+    optimizer = train_module.optimizer_of(parts)
     for columns in train_module.batches(model, pool, args, 0):
         train_module.train_step(model, parts, optimizer, "tv", 1.0, columns)
     for name, weight in model.state_dict().items():
@@ -164,7 +166,8 @@ def test_frozen(code=REAL):
 @pytest.fixture
 def words(folder, data):
     """words(out, ..): a command line of the script."""
-    return lambda *more: ["--model", folder, "--data", data, *SMALL, "--out", *more]
+    return lambda *more: [
+        "--model", folder, "--data", data, "--objective", "tv", *SMALL, "--out", *more]
 
 
 @pytest.fixture
@@ -187,7 +190,7 @@ def test_trains_the_lookahead(train, folder, tmp_path):
         for share, ranks in zip(row["by_position"], row["by_rank"]):
             assert share == ranks[0] and ranks == sorted(ranks) and len(ranks) == 5
     assert about["settings"]["objective"] == "kl" and about["steps"] == 200
-    assert about["model"] == files.fingerprint(Config.load(folder))
+    assert about["model"] == fingerprint(Config.load(folder))
     lines = [json.loads(line) for line in open(tmp_path / "a.safetensors.jsonl")]
     assert [line["step"] for line in lines] == [*range(0, 201, 20)]
     assert lines[-1]["acceptance"] == trained and lines[-1]["loss"] < lines[1]["loss"]
@@ -199,9 +202,10 @@ def test_trains_the_lookahead(train, folder, tmp_path):
 KILL = """
 import os, signal, sys
 import train_lookahead as t
-import files
+from support import errors, storage
+t.add_beyond("training")
 t.TEMPERATURES, t.CHECKPOINT_SECONDS, t.READ_FOR = (1.0,), 0, 2
-save, calls = files.save_file, []
+save, calls = storage.save_file, []
 def dies_in_the_middle_of_a_write(tensors, path, metadata):
     save(tensors, path, metadata)
     calls.append(path)
@@ -209,8 +213,8 @@ def dies_in_the_middle_of_a_write(tensors, path, metadata):
         with open(path, "r+b") as file:
             file.truncate(os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
-files.save_file = dies_in_the_middle_of_a_write
-files.run_script(t.main)
+storage.save_file = dies_in_the_middle_of_a_write
+errors.run_script(t.main)
 """
 
 
@@ -222,7 +226,7 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(train, words, data, tmp_pa
     code, _, err = train(whole, "--steps", 8, "--resume")
     assert code == 0 and "going on from step 0" in err
     shutil.copytree(data, tmp_path / "data")
-    held = files.split_files([data], "")[1][0]  # only what is measured on differs
+    held = split_files([data], "")[1][0]  # only what is measured on differs
     (tmp_path / "data" / held.name).write_text(held.read_text() + "#")
     (tmp_path / "ordinary").touch()
     assert whole.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
@@ -258,7 +262,7 @@ def test_texts_are_read_anew_and_places_used_once(monkeypatch):
     assert len(texts[0]) == 5
     assert texts[0] == texts[1] == texts[2] != texts[3] == texts[4] == texts[5]
     for row in torch.cat(places[:3], 1).tolist():
-        assert len(set(row)) == 3 * train_lookahead.GROUPS
+        assert len(set(row)) == 3 * train_lookahead.PLACES
         assert 1 <= min(row) <= max(row) <= train_lookahead.TEXT - 1 - 2
     whole = torch.arange(30)[:, None].expand(-1, train_lookahead.TEXT)  # each text of one token
     texts = [text for text, *_ in train_lookahead.batches(model, whole, args, 0)]
@@ -267,10 +271,10 @@ def test_texts_are_read_anew_and_places_used_once(monkeypatch):
 
 def test_files_that_are_no_text_are_left_out(folder, data, tmp_path):
     tokenizer = load_tokenizer(folder, 320)
-    before = files.read_data(tokenizer, [data], "", 128)
+    before = read_data(tokenizer, [data], "", 128)
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "12.pyc").write_bytes(b"text\0" * 999)
-    assert all(map(torch.equal, before, files.read_data(tokenizer, [tmp_path / "data"], "", 128)))
+    assert all(map(torch.equal, before, read_data(tokenizer, [tmp_path / "data"], "", 128)))
 
 
 def test_trains_on_texts_that_the_model_writes(train, folder, data, tmp_path, capsys):
@@ -280,7 +284,7 @@ def test_trains_on_texts_that_the_model_writes(train, folder, data, tmp_path, ca
     words = ["--model", folder, "--data", data, "--count", 6, "--out", texts]
     assert run_main(beyond.own_texts, capsys, *words)[0] == 0
     model = Llama.load(folder)
-    pool = beyond.own_texts.read_texts(texts, model.config)
+    pool = read_texts(texts, model.config)
     assert pool.shape == (6, 128) and model.config.stop_tokens == (2,)
     h = model(pool[:, :-1], Cache(model, 6, 128))
     best = (model.logits(h).argmax(-1) == pool[:, 1:])[:, 47:].float().mean(1)
@@ -309,8 +313,9 @@ def test_two_processes_end_where_one_does(train, words, tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [
-    (["--length", "0"], "must be 1 to 64"), (["--suffix", ".rs"], "0 files"),
-    (["--data", "nowhere"], "nowhere does not exist"), (["--head", "1000000000"], "--head 0 to"),
+    (["--length", "0"], "length must be 1 to 64"), (["--suffix", ".rs"], "0 files"),
+    (["--data", "nowhere"], "nowhere does not exist"),
+    (["--head", "1000000000"], "head must be 0 to"),
     (["--out", "/nowhere/file"], "its folder must exist"),
     (["--texts", "nowhere"], "cannot read nowhere"),
 ])

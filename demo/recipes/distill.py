@@ -1,6 +1,6 @@
 """A draft model: would a small model serve the large one better than look-ahead tokens do?
 
-    python demo/distill.py --model models/smollm2 --texts TEXTS --out models/draft
+    python demo/recipes/distill.py --model models/smollm2 --texts TEXTS --out models/draft
     python pass_sampler.py --model models/smollm2 --method draft-model --draft-model models/draft
 
 A LLaMA of 16 M parameters with the large model's tokenizer learns the large model's distributions,
@@ -12,15 +12,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from tqdm import tqdm
 
 import bench
-import files
-from beyond.own_texts import read_texts
-from model import DTYPES, Cache, Llama
-from pretrain import initialise, train
+from demo.recipes.pretrain import initialise, train
+from model import Cache, Llama
+from support.checkpoint import check_no_checkpoint, digest, fingerprint, read_texts
+from support.errors import DTYPES, InputError, check_number, check_seed, device_named, run_script
+from support.storage import read_json, write_tensors, write_text
+from support.tables import print_tables
+from support.terminal import add_common, new_parser
 from train_lookahead import backward
 
 WIDTH, LAYERS, HEADS = 256, 4, 4
@@ -36,11 +39,11 @@ def small_config(config):
 
 def write_config(config, large, out):
     """config.json, and the tokenizer's files as they are."""
-    content = files.read_json(large / "config.json") | {
+    content = read_json(large / "config.json") | {
         "hidden_size": config.dim, "intermediate_size": config.ffn_dim, "head_dim": config.head_dim,
         "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads, "tie_word_embeddings": True}
-    files.write_file(out / "config.json", lambda path: path.write_text(json.dumps(content)))
+    write_text(out / "config.json", json.dumps(content))
     for tokenizer in large.glob("*token*"):
         shutil.copy(tokenizer, out)
 
@@ -81,36 +84,36 @@ def agreement(small, large, texts, targets):
 
 
 def parse():
-    parser = files.new_parser(__doc__)
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    files.add_common(add)
+    add_common(add)
     add("--texts", type=Path, required=True, help="of beyond/own_texts.py")
     add("--steps", type=int, default=400, help=f"of {BATCH} texts (default: 400)")
     add("--out", type=Path, default=Path("models/draft"), help="folder (default: models/draft)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--json", type=Path, help="file for what was measured on the way")
     args = parser.parse_args()
-    files.check_seed(args.seed)
-    files.check_number("steps", args.steps, 2**40)
+    check_seed(args.seed)
+    check_number("steps", args.steps, 2**40)
     if args.out.resolve() == args.model.resolve():
-        raise files.InputError("--out is the large model's folder: name another")
-    files.check_no_checkpoint(args.out / "checkpoint", args.resume)
+        raise InputError("--out is the large model's folder: name another")
+    check_no_checkpoint(args.out / "checkpoint", args.resume)
     return args
 
 
 def distilled(args):
-    """Train and write the draft model; then what was measured, as `files.tell` takes it."""
-    device = files.device_named(args.device)
+    """Train and write the draft model; then what was measured, as `print_tables` takes it."""
+    device = device_named(args.device)
     dtype = DTYPES.get(args.dtype, torch.bfloat16)
     large = Llama.load(args.model, dtype, device, packed=False)
     yield bench.machine(large)
     texts = read_texts(args.texts, large.config)
     if len(texts) <= HELD:
-        raise files.InputError(f"{args.texts} has {len(texts)} texts; more than {HELD} are needed")
+        raise InputError(f"{args.texts} has {len(texts)} texts; more than {HELD} are needed")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise files.InputError(f"cannot write {args.out}: {error.strerror}") from None
+        raise InputError(f"cannot write {args.out}: {error.strerror}") from None
     small = Llama(small_config(large.config), dtype, device)
     start(small, large, args.seed)
     texts = texts[torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))]
@@ -125,13 +128,13 @@ def distilled(args):
                         target.flatten(0, 1)).item()
 
     settings = {"steps": args.steps, "seed": args.seed, "dtype": str(dtype),
-                "model": files.fingerprint(large.config),
-                "data and weights": files.digest(large, texts)}
+                "model": fingerprint(large.config),
+                "data and weights": digest(large, texts)}
     checkpoint = args.out / "checkpoint"
     curve = train(small, args, settings, checkpoint, add_gradients,
                   lambda: agreement(small, large, texts[:HELD], targets[:HELD]), RATES)
     write_config(small.config, args.model, args.out)
-    files.write_tensors(small.named_weights(), args.out / "model.safetensors", {"format": "pt"})
+    write_tensors(small.named_weights(), args.out / "model.safetensors", {"format": "pt"})
     checkpoint.unlink(missing_ok=True)
     yield f"{args.out}: {sum(p.numel() for p in small.parameters()) / 1e6:.1f} M parameters."
     for step, loss, shares, seconds in curve:
@@ -140,8 +143,8 @@ def distilled(args):
 
 def main():
     args = parse()
-    files.tell(distilled(args), args.json)
+    print_tables(distilled(args), args.json)
 
 
 if __name__ == "__main__":
-    files.run_script(main)
+    run_script(main)

@@ -1,20 +1,31 @@
-"""Other programs that decode the same weights, for `bench.py peers`: transformers and llama.cpp.
+"""How fast are other programs with the same weights? transformers and llama.cpp beside ours.
 
-Each is a function(new_tokens, params, prompts, seed) that returns tokens, seconds and
+    python results/peers.py --model DIR --lookahead FILE [--gguf FILE ..]
+
+Each program is a function(new_tokens, params, prompts, seed) that returns tokens, seconds and
 prefill_seconds, as `Sampler.generate` does. The first token is the prefill's and is left out.
 """
 import itertools
+import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
-from files import InputError, extra
-from model import DTYPES
+import bench
+from model import load_model
+from pass_sampler import Params
+from support.errors import DTYPES, InputError, extra, run_script
+from support.tables import print_tables
+from support.terminal import add_common, new_parser
 
 
-def others(folder, device, gguf):
-    """{name: function}. gguf: files of demo/to_gguf.py, for llama.cpp."""
+def others(folder: Path, device: torch.device, gguf: list[Path]) -> dict[str, Callable]:
+    """{name: function}. gguf: files of demo/recipes/to_gguf.py, for llama.cpp."""
     transformers = extra("transformers")
     transformers.utils.logging.set_verbosity_error()
     found = {}
@@ -28,7 +39,7 @@ def others(folder, device, gguf):
             found[name] = partial(of_transformers, network.to(device).eval(), options)
     for path in gguf:
         if not path.is_file():
-            raise InputError(f"--gguf {path} does not exist; demo/to_gguf.py makes it")
+            raise InputError(f"--gguf {path} does not exist; demo/recipes/to_gguf.py makes it")
         llama_cpp = extra("llama_cpp", "make peers")
         try:
             engine = llama_cpp.Llama(str(path), n_ctx=2048, verbose=False,
@@ -39,7 +50,9 @@ def others(folder, device, gguf):
     return found
 
 
-def of_transformers(network, options, new_tokens, params, prompts, seed):
+def of_transformers(network, options: dict, new_tokens: int, params: Params,
+                    prompts: list[list[int]], seed: int) -> dict:
+    """By `generate` of transformers."""
     ids = torch.tensor(prompts, device=network.device)
     sampling = {"do_sample": False}
     if params.temperature:
@@ -57,7 +70,9 @@ def of_transformers(network, options, new_tokens, params, prompts, seed):
             "seconds": seconds[new_tokens], "prefill_seconds": seconds[1]}
 
 
-def of_llama_cpp(engine, new_tokens, params, prompts, seed):
+def of_llama_cpp(engine, new_tokens: int, params: Params, prompts: list[list[int]], seed: int
+                 ) -> dict:
+    """By llama.cpp, which decodes one row."""
     engine.reset()
     engine.set_seed(seed)
     start = time.perf_counter()
@@ -68,3 +83,28 @@ def of_llama_cpp(engine, new_tokens, params, prompts, seed):
     tokens = list(itertools.islice(stream, new_tokens - 1))
     return {"tokens": [tokens], "seconds": time.perf_counter() - start,
             "prefill_seconds": prefill_seconds}
+
+
+def peers(args: Namespace) -> Iterator[str | dict]:
+    """How fast others are with the same weights, prompts and settings."""
+    if args.new_tokens < 2:
+        raise InputError("--new-tokens must be 2 or more: the first is the prefill's")
+    model, tokenizer = load_model(args)
+    theirs = others(args.model, model.embedding.device, args.gguf or [])
+    yield from bench.compared(args, model, tokenizer, lambda temperature: args.methods, theirs)
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    add_common(parser.add_argument)
+    bench.add_options(parser.add_argument, bench.DECODING + bench.DRAFTED)
+    parser.add_argument("--gguf", type=Path, nargs="+",
+                        help="for llama.cpp: files of demo/recipes/to_gguf.py")
+    parser.set_defaults(rows=[1])
+    args = parser.parse_args()
+    bench.check_args(args)
+    print_tables(peers(args), args.json)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,7 +1,7 @@
-"""The tables of RESULTS.md and README.md, from demo/results: no figure in them is typed.
+"""The tables of README.md here and of the front page, from the files here: no figure is typed.
 
-    python demo/page.py              # needs matplotlib, see requirements-bench.txt
-    python demo/page.py --check      # only whether the tables are those of the files
+    python results/page.py              # needs matplotlib, see requirements-bench.txt
+    python results/page.py --check      # only whether the tables are those of the files
 
 A table stands between a line that says what it is and one that ends it:
 
@@ -24,12 +24,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from files import (
-    InputError, cell, extra, new_parser, open_tensors, read_json, run_script, write_file)
+from support.errors import InputError, extra, run_script
+from support.storage import open_tensors, read_json, write_file, write_text
+from support.tables import cell
+from support.terminal import new_parser
 
-DEMO = Path(__file__).resolve().parent
-RESULTS = DEMO / "results"
-PAGES = DEMO / "RESULTS.md", DEMO.parent / "README.md"
+RESULTS = Path(__file__).resolve().parent
+ROOT = RESULTS.parent
+PAGES = RESULTS / "README.md", ROOT / "README.md"
 TABLE = re.compile(r"(<!-- (\w+) ([\w.-]+): (.*?) -->\n).*?(<!-- end -->)", re.S)
 TRAININGS = {"files": "ce, on texts of files", "ce": "ce", "kl": "kl", "tv": "tv",
              "memory": "tv, + memory", "head": "tv, + head", "both": "tv, + memory, + head"}
@@ -114,7 +116,7 @@ def projection(rows, lookahead):
     """Times as fast, if a draft were accepted as often as the look-ahead's file says of its model,
     and a pass cost what was measured, and nothing else took time. Products of these shares are a
     little too low: where one draft is easy the next is too."""
-    with open_tensors(DEMO.parent / lookahead) as file:
+    with open_tensors(ROOT / lookahead) as file:
         acceptance = json.loads(file.metadata()["lookahead"])["acceptance"]
     first = rows[0]["after tokens"]
     known = {row["columns"]: row["against one"] for row in rows if row["after tokens"] == first}
@@ -139,7 +141,8 @@ def trainings(model):
     for name, label in TRAININGS.items():
         path = RESULTS / f"train-{model}-{name}.jsonl"
         if path.exists():
-            found[label] = [json.loads(line) for line in path.read_text().splitlines()]
+            lines = path.read_text(encoding="utf-8").splitlines()
+            found[label] = [json.loads(line) for line in lines]
     return found
 
 
@@ -226,12 +229,13 @@ def main():
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
     for page in PAGES:
-        before = page.read_text()
+        before = page.read_text(encoding="utf-8")
         after = filled(before)
         if args.check and before != after:
-            raise InputError(f"{page.name} is not that of demo/results: run demo/page.py")
+            raise InputError(f"{page.relative_to(ROOT)} is not that of the files in results/: run "
+                             f"results/page.py")
         if not args.check:
-            write_file(page, lambda path: path.write_text(after))
+            write_text(page, after)
     if args.check:
         return
     for model in ("smollm2", "demo"):

@@ -1,5 +1,6 @@
-"""What the pages say of the code is there: files, targets, commands, the table from papers to code.
-"""
+"""What the pages say of the code is there: files, targets, commands, the table from papers to code,
+figures. `make pages` runs this; it is no part of `make test`, whose failures say what is wrong with
+the method, and not with a page."""
 import contextlib
 import importlib
 import inspect
@@ -10,11 +11,11 @@ import shlex
 import sys
 
 import pytest
-
 from common import ROOT
 
 PAGES = {}
-for name in ("README.md", "beyond/README.md", "demo/README.md", "tests/README.md"):
+for name in ("README.md", "beyond/README.md", "demo/README.md",
+             "demo/recipes/README.md", "tests/README.md"):
     PAGES[name] = (ROOT / name).read_text()
 ALL = "\n".join(PAGES.values())
 WALK = re.findall(r"^\|[^|]*\|[^|]*\| `([\w.]+)` \| `(.+)` \|$", ALL, re.M)  # function, line
@@ -65,8 +66,7 @@ def test_commands_have_their_options(words, monkeypatch):
     """Each script has every option that a page gives it."""
     if words[0] == "-m":
         words = [words[1].replace(".", "/") + ".py", *words[2:]]
-    monkeypatch.syspath_prepend(str((ROOT / words[0]).parent))
-    name = words[0].removesuffix(".py").removeprefix("demo/").replace("/", ".")
+    name = words[0].removesuffix(".py").replace("/", ".")
     module = importlib.import_module(name)
     subcommand = words[1:2] if words[0] == "bench.py" else []
     monkeypatch.setattr(sys, "argv", [words[0], *subcommand, "--help"])
@@ -78,8 +78,7 @@ def test_commands_have_their_options(words, monkeypatch):
 
 
 def test_figures_are_those_of_the_result_files(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "demo"))
-    import page
+    from results import page
     for path in page.PAGES:
         text = path.read_text()
         assert page.filled(text) == text, f"{path.name}: run demo/page.py"

@@ -1,15 +1,18 @@
 """A picture of one generation: accepted drafts are marked.
 
-    python demo/generation.py --model DIR --lookahead FILE --prompt TEXT --out FILE.svg
+    python results/generation.py --model DIR --lookahead FILE --prompt TEXT --out FILE.svg
 """
 import sys
 from html import escape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import files
+import beyond  # noqa: F401  its look-ahead
 from model import load_model
 from pass_sampler import Params, generate, load_lookahead
+from support.errors import check_seed, run_script
+from support.storage import check_writable, write_text
+from support.terminal import add_common, new_parser
 
 COLUMNS, WIDTH, HEIGHT = 88, 8.4, 19  # characters per line; of one, in points
 STYLE = """
@@ -20,7 +23,7 @@ text { font: 14px ui-monospace, Menlo, Consolas, monospace; fill: #1f2328; white
 }"""
 
 
-def lines_of(pieces):
+def lines_of(pieces: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
     """Pieces (text, class) of a text as lines, each a list of pieces, wrapped at COLUMNS."""
     lines = [[]]
     column = 0
@@ -34,7 +37,7 @@ def lines_of(pieces):
     return lines
 
 
-def picture(lines, note):
+def picture(lines: list[list[tuple[str, str]]], note: str) -> str:
     """The SVG. note: a line below."""
     rows = []
     for line in [*lines, [], [(note, "note")]]:
@@ -46,18 +49,18 @@ def picture(lines, note):
             f"<style>{STYLE}</style>\n" + "\n".join(rows) + "\n</svg>\n")
 
 
-def main():
-    parser = files.new_parser(__doc__)
+def main() -> None:
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    files.add_common(add)
+    add_common(add)
     add("--lookahead", required=True, metavar="FILE", help="trained")
     add("--prompt", required=True, help="text to continue")
     add("--temperature", type=float, default=0.0, help="(default: 0, greedy)")
     add("--max-new-tokens", type=int, default=160, help="(default: 160)")
     add("--out", type=Path, required=True, help="SVG file to write")
     args = parser.parse_args()
-    files.check_seed(args.seed)
-    files.check_writable(args.out)
+    check_seed(args.seed)
+    check_writable(args.out)
     model, tokenizer = load_model(args)
     lookahead = load_lookahead(args.lookahead, model, tokenizer=tokenizer)
     result = generate(model, [tokenizer.encode(args.prompt)], "pass", Params(args.temperature),
@@ -70,8 +73,8 @@ def main():
     tokens = len(result["tokens"][0])
     note = (f"{tokens} tokens in {result['passes']} passes; {drafts} of them are accepted drafts. "
             f"Plain decoding takes {tokens} passes.")
-    files.write_file(args.out, lambda path: path.write_text(picture(lines_of(pieces), note)))
+    write_text(args.out, picture(lines_of(pieces), note))
 
 
 if __name__ == "__main__":
-    files.run_script(main)
+    run_script(main)

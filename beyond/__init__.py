@@ -1,0 +1,10 @@
+"""What the paper does not have. Importing this adds its methods and its look-ahead to the paper's.
+"""
+from beyond.draft_model import DRAFT_MODEL
+from beyond.fused import FUSED
+from beyond.lookahead import LookaheadPlus
+from beyond.tree import TREE
+from pass_sampler import LOOKAHEADS, METHODS
+
+METHODS |= {"fused": FUSED, "tree": TREE, "draft-model": DRAFT_MODEL}
+LOOKAHEADS.append(LookaheadPlus)

@@ -1,0 +1,10 @@
+"""What a reader of the method may skip, a subject per file:
+
+errors.py     how bad input ends: one line, exit code 2; checks; names of devices and types
+storage.py    files that are written whole or not at all; tensors and JSON in files
+checkpoint.py interrupted trainings, look-ahead files, texts that a model wrote
+tokenizer.py  text to token ids and back
+terminal.py   command lines, prompts, what is printed while a text is made
+tables.py     tables of figures, on the screen and in JSON files
+data.py       text to train on
+"""

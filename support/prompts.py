@@ -1,0 +1,99 @@
+"""Prompts: where they come from, and which cannot be continued."""
+import math
+import select
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TextIO
+
+from support.errors import InputError
+from support.storage import read_json
+
+DEFAULT_PROMPT = "def fibonacci(n):\n"
+
+
+def add_prompt(parser: ArgumentParser) -> None:
+    """Add the words that `read_prompt` reads."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="text to continue")
+    source.add_argument("--prompt-file", type=Path, help="file whose text to continue")
+    source.add_argument("stdin", nargs="?", choices=["-"], help="continue standard input")
+
+
+def read_prompt(args: Namespace) -> str:
+    """The text to continue: standard input, --prompt-file, --prompt, or else what is piped in."""
+    try:
+        if args.stdin or args.prompt is None and args.prompt_file is None and is_piped(sys.stdin):
+            if sys.stdin is None:
+                raise OSError("standard input is closed")
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
+        elif args.prompt_file is not None:
+            text = args.prompt_file.read_bytes().decode("utf-8-sig")
+        else:
+            text = DEFAULT_PROMPT if args.prompt is None else args.prompt
+        text.encode()  # A command line that is not UTF-8 fails here.
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"cannot read the prompt: {error}") from None
+    if not text:
+        raise InputError("the prompt is empty; give --prompt TEXT, --prompt-file FILE, or - for "
+                         "standard input")
+    return text
+
+
+def is_piped(stream: TextIO) -> bool:
+    """Is there text on standard input that nobody typed?"""
+    try:
+        ready = not stream.isatty() and select.select([stream], [], [], 0)[0]
+        return bool(ready) and bool(stream.buffer.peek(1))
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def read_prompts(args: Namespace, tokenizer, config) -> dict[str, list[list[int]]]:
+    """{kind: prompts, as lists of token ids} of the JSON file args.prompts."""
+    texts = read_json(args.prompts)
+    prompts = {}
+    for kind in args.kinds or texts or ["code"]:  # An empty file has no code.
+        some = texts.get(kind)
+        if not isinstance(some, list) or not all(isinstance(text, str) for text in some):
+            raise InputError(f"{args.prompts} must hold {{kind: [text, ..]}}, and has no such "
+                             f"{kind!r}")
+        prompts[kind] = [tokenizer.encode(text) for text in some[:args.count]]
+        check_prompts(prompts[kind], args.new_tokens, config.vocab_size, config.context)
+        longest = max(map(len, prompts[kind]))
+        if longest + args.new_tokens > config.context:  # A text cut short would not compare.
+            raise InputError(f"a prompt of {longest} tokens and {args.new_tokens} new ones are "
+                             f"more than the model's context of {config.context}")
+    return prompts
+
+
+def check_prompts(prompts: list[list[int]], max_new_tokens: int, vocab_size: int, context: int,
+                  rows: float = math.inf) -> None:
+    """Raise InputError for prompts that cannot be continued. context: the longest text, in tokens.
+    rows: prompts at once, at most."""
+    if not prompts or max_new_tokens < 1:
+        raise InputError("at least one prompt and one new token are needed")
+    if len(prompts) > rows:
+        raise InputError(f"{len(prompts)} prompts for a Sampler of {rows} rows")
+    for prompt in prompts:
+        if not isinstance(prompt, list) or not all(isinstance(token, int) for token in prompt):
+            raise InputError("prompts must be a list of lists of token ids")
+        if not prompt:
+            raise InputError("the prompt is empty; give at least one token")
+        if len(prompt) >= context:
+            raise InputError(f"the prompt has {len(prompt)} tokens and a text at most {context}: "
+                             f"shorten the prompt")
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise InputError(f"the prompt has tokens from {min(prompt)} to {max(prompt)}, the "
+                             f"model 0 to {vocab_size - 1}: is it the model's tokenizer?")
+
+
+def check_stop_tokens(stop_tokens: list[int], vocab_size: int) -> None:
+    """Raise InputError for what are not ids of tokens; a string would never match one."""
+    try:
+        ids = list(stop_tokens)
+    except TypeError:
+        ids = [None]
+    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise InputError(f"stop_tokens must be a list of token ids from 0 to {vocab_size - 1}, not "
+                         f"{stop_tokens!r}")

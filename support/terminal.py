@@ -1,0 +1,72 @@
+"""Command lines, and what is printed while a text is made."""
+import json
+import os
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from pathlib import Path
+
+from support.errors import DTYPES
+
+
+def new_parser(about: str) -> ArgumentParser:
+    """An ArgumentParser whose --help shows the head of a module as it stands."""
+    return ArgumentParser(description=about, formatter_class=RawDescriptionHelpFormatter)
+
+
+def add_common(add: Callable, model_required: bool = True) -> None:
+    """Add the words that scripts share. add: parser.add_argument."""
+    add("--model", type=Path, required=model_required, help="folder of a Hugging Face LLaMA")
+    add("--dtype", choices=DTYPES,
+        help="of the weights (default: the folder's; decoding on an x86 CPU: float16 for bfloat16)")
+    add("--device", help="cpu or cuda (default: a GPU, if there is one)")
+    add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
+
+
+def has_colour() -> bool:
+    """Is stdout a terminal that may be coloured?"""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def printer(tokenizer, prompt: str) -> Callable[[int, int, bool], None]:
+    """An on_token function: writes row 0 as it is made. On a terminal the prompt stands before it,
+    and accepted drafts are green."""
+    to_text = tokenizer.stream()
+    colour = has_colour()
+    if sys.stdout.isatty():
+        print(f"\033[2m{prompt}\033[0m" if colour else prompt, end="", flush=True)
+
+    def on_token(row, token, from_draft):
+        text = to_text(token) if row == 0 else ""
+        if text:
+            text = f"\033[32m{text}\033[0m" if colour and from_draft else text
+            print(text, end="", flush=True)
+
+    return on_token
+
+
+def report(result: dict, tokenizer, as_json: bool) -> None:
+    """Print what `printer` has not: the texts of the other rows, and figures; or all as JSON."""
+    texts = [tokenizer.decode(row) for row in result["tokens"]]
+    if as_json:
+        print(json.dumps(result | {"text": texts}))
+        return
+    for i, text in enumerate(texts[1:], 2):
+        print(f"\n--- sample {i}\n{text}", end="")
+    print()
+    legend = "; green: accepted drafts" if has_colour() else ""
+    print(summary(result) + legend, file=sys.stderr)
+
+
+def summary(result: dict) -> str:
+    """A line of figures. The time that recording a graph took is not counted in the speed."""
+    tokens = sum(map(len, result["tokens"]))
+    seconds = result["seconds"] - result["capture_seconds"]
+    each = " and text" if len(result["tokens"]) > 1 else ""
+    shares = " ".join(f"{share:.2f}" for share in result["accepted_at_least"])
+    kept = f"at least 1, 2, .. drafts accepted in {shares} of steps, " if shares else ""
+    return (f"method {result['method']} on {result['device']}: {tokens} tokens, "
+            f"{result['passes']} passes, {result['tokens_per_pass']:.2f} tokens per pass{each}, "
+            f"{kept}{seconds:.2f} s "
+            f"({result['prefill_seconds']:.2f} s of it prefill), "
+            f"{tokens / seconds:.1f} tokens/s")
