@@ -13,19 +13,18 @@ import inspect
 import math
 import time
 import weakref
-from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model import Cache, Config, Llama, at_least_float32, load_model
+from support import terminal
 from support.checkpoint import read_lookahead
 from support.errors import InputError, check_number, check_options, check_seed, run_script
 from support.prompts import add_prompt, check_prompts, check_stop_tokens, read_prompt
-from support.terminal import add_common, new_parser, printer, report
 from support.text import RowStep, Text, figures
 from support.tokenizer import Tokenizer
 
@@ -110,8 +109,9 @@ def verify(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
     u_accept, u_last = u.split([L, 1], 1)
     accept = u_accept * q_draft < p_draft
     accepted = accept.cumprod(1).sum(1)  # those before the first rejection
-    p_last = p.take_along_dim(accepted[:, None, None], 1)[:, 0]  # (B,V)
-    q_last = q.take_along_dim(accepted.clamp(max=L - 1)[:, None, None], 1)[:, 0]
+    rows = torch.arange(len(p), device=p.device)
+    p_last = p[rows, accepted]  # (B,V)
+    q_last = q[rows, accepted.clamp(max=L - 1)]
     q_last = q_last * (accepted < L)[:, None]  # 0 after the last draft: the residual is p
     return accepted, draw(residual(p_last, q_last), u_last[:, 0])
 
@@ -166,11 +166,9 @@ LOOKAHEADS = [Lookahead]  # The kinds there are. beyond/ adds one that has more 
 
 
 def lookahead_of(tensors: dict[str, Tensor], acceptance: dict | None = None) -> Lookahead:
-    """The look-ahead, of the first kind that has all of these tensors."""
-    for kind in LOOKAHEADS:
-        if set(tensors) <= set(inspect.signature(kind).parameters):
-            return kind(**tensors, acceptance=acceptance)
-    raise InputError(f"no look-ahead that is known here has {', '.join(tensors)}: import beyond")
+    """The look-ahead, of the first kind that has all of these tensors; there must be one."""
+    kinds = (kind for kind in LOOKAHEADS if set(tensors) <= {*inspect.signature(kind).parameters})
+    return next(kinds)(**tensors, acceptance=acceptance)
 
 
 def load_lookahead(spec: str, model: Llama, length: int | None = None,
@@ -189,12 +187,7 @@ def load_lookahead(spec: str, model: Llama, length: int | None = None,
     shapes = {}
     for kind in LOOKAHEADS:
         shapes |= kind.shapes(model.config)
-    tensors, acceptance = read_lookahead(spec, model.config, shapes)
-    if length is not None and length > len(tensors["embeddings"]):
-        raise InputError(f"{spec} has {len(tensors['embeddings'])} look-ahead tokens, fewer than "
-                         f"--length {length}")
-    tensors["embeddings"] = tensors["embeddings"][:length]
-    return lookahead_of(tensors, acceptance)
+    return lookahead_of(*read_lookahead(spec, model.config, shapes, length))
 
 
 # ---------------------------------------------- the methods
@@ -480,17 +473,6 @@ def generate(model: Llama, prompts: list[list[int]], method: str = "pass",
 
 # --------------------------------------------- command line
 
-def add_method_words(add: Callable) -> None:
-    """Add the words of all methods, each once. add: parser.add_argument."""
-    found = {}
-    for name, method in METHODS.items():
-        for word, about in method.words.items():
-            found.setdefault(word, (about, []))[1].append(name)
-    for word, (about, names) in found.items():
-        help_ = f"{about['help']} (methods {', '.join(names)})"
-        add(f"--{word.replace('_', '-')}", **about | {"help": help_})
-
-
 def method_options(name: str, given: dict, model: Llama, tokenizer: Tokenizer) -> dict:
     """The options of a method, of what a command line gives: {word: value}, None where it was not
     given. A word that would have no effect is refused."""
@@ -500,45 +482,31 @@ def method_options(name: str, given: dict, model: Llama, tokenizer: Tokenizer) -
     return method.read(model, tokenizer, **given)
 
 
-def read_params(args: Namespace) -> Params:
-    """The Params of a command line that has a word for each field."""
-    params = Params(**{f.name: getattr(args, f.name) for f in fields(Params)})
-    if params.temperature == 0 and params != Params():
-        others = [f"--{f.name.replace('_', '-')}" for f in fields(Params)[1:]]
-        raise InputError(f"{' and '.join(others)} need a --temperature above 0")
-    return params
-
-
 def main() -> None:
     add_beyond()
-    parser = new_parser(__doc__)
+    parser = terminal.new_parser(__doc__)
     add = parser.add_argument
-    add_common(add)
+    terminal.add_common(add)
     add_prompt(parser)
     add("--method", choices=METHODS, default="pass", help="(default: pass)")
-    add_method_words(add)
-    for f in fields(Params):
-        off = "greedy" if f.name == "temperature" else "off"
-        add(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default,
-            help=f"(default: {f.default:g}, {off})")
+    terminal.add_method_words(add, METHODS)
+    terminal.add_params(add, Params)
     add("--max-new-tokens", type=int, default=128, help="(default: 128)")
     add("--samples", type=int, default=1, help="texts (default: 1)")
     add("--no-graph", action="store_true", help="record no CUDA graph")
     add("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    params = read_params(args)
+    params = terminal.read_params(args, Params)
     text = read_prompt(args)
     check_seed(args.seed)
     check_number("samples", args.samples, 2**16)
     model, tokenizer = load_model(args)
-    words = {word for method in METHODS.values() for word in method.words}
-    given = {word: getattr(args, word) for word in words}
-    options = method_options(args.method, given, model, tokenizer)
+    options = method_options(args.method, terminal.given_words(args, METHODS), model, tokenizer)
     prompts = [tokenizer.encode(text)] * args.samples
-    show = None if args.json else printer(tokenizer, text)
+    show = None if args.json else terminal.printer(tokenizer, text)
     result = generate(model, prompts, args.method, params, args.max_new_tokens, args.seed, show,
                       graph=not args.no_graph, **options)
-    report(result, tokenizer, args.json)
+    terminal.report(result, tokenizer, args.json)
 
 
 if __name__ == "__main__":

@@ -70,17 +70,18 @@ class Group:
 
     def __init__(self, s: Sampler, layout: Layout):
         dtype = s.model.embedding.dtype
-        self.layout = layout
         L = len(layout.group)
+        # (rows,L): where the group of node 0 of each row stands, in a batch of such blocks.
+        begins = len(layout.offset) * torch.arange(s.rows, device=s.x.device)
+        self.first = begins[:, None] + layout.group
         self.h = s.zeros(L, s.model.config.dim, dtype=dtype)
         self.logits = s.zeros(L, s.model.config.vocab_size, dtype=dtype)
 
     def keep(self, h: Tensor, logits: Tensor, node: Tensor) -> None:
         """Take the group of `node` (B,) out of the states and logits of a block."""
-        L = len(self.layout.group)
-        columns = (self.layout.group + L * node[:, None])[..., None]  # (B,L,1)
-        torch.take_along_dim(h, columns, 1, out=self.h)
-        torch.take_along_dim(logits, columns, 1, out=self.logits)
+        columns = (self.first + self.first.shape[1] * node[:, None]).flatten()  # (B*L,)
+        torch.index_select(h.flatten(0, 1), 0, columns, out=self.h.flatten(0, 1))
+        torch.index_select(logits.flatten(0, 1), 0, columns, out=self.logits.flatten(0, 1))
 
 
 def fused(s: Sampler, lookahead: Lookahead) -> Step:

@@ -82,11 +82,12 @@ def state_of(file: safe_open, path: Path, settings: dict) -> dict:
 
 # ------------------------------------------------ look-ahead files
 
-def read_lookahead(path: Path, config, shapes: dict) -> tuple[dict, dict]:
+def read_lookahead(path: Path, config, shapes: dict, length: int | None = None
+                   ) -> tuple[dict, dict]:
     """{name: tensor} and {temperature: acceptance} of a file that train_lookahead.py wrote.
 
-    shapes: {name: shape} of the tensors that a file may have; a size of None may be any. What was
-    measured of the acceptance is a table of `train_lookahead.evaluate`.
+    shapes: {name: shape} of the tensors that a file may have; a size of None may be any. length:
+    take so many of the embeddings. An acceptance is a table of `train_lookahead.evaluate`.
     Raises InputError where the file is damaged or for another model.
     """
     with open_tensors(path) as file:
@@ -114,6 +115,10 @@ def read_lookahead(path: Path, config, shapes: dict) -> tuple[dict, dict]:
             raise InputError(f"{path}: {name} must be finite floats of shape ({sizes}), not "
                              f"{tensor.dtype} {tuple(tensor.shape)}: damaged, or for another "
                              f"model?")
+    L = len(tensors["embeddings"])
+    if length is not None and length > L:
+        raise InputError(f"{path} has {L} look-ahead tokens, fewer than --length {length}")
+    tensors["embeddings"] = tensors["embeddings"][:length]
     return tensors, acceptance
 
 

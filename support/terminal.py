@@ -2,11 +2,12 @@
 import json
 import os
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
-from support.errors import DTYPES
+from support.errors import DTYPES, InputError
 
 
 def new_parser(about: str) -> ArgumentParser:
@@ -21,6 +22,40 @@ def add_common(add: Callable, model_required: bool = True) -> None:
         help="of the weights (default: the folder's; decoding on an x86 CPU: float16 for bfloat16)")
     add("--device", help="cpu or cuda (default: a GPU, if there is one)")
     add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
+
+
+def add_method_words(add: Callable, methods: dict) -> None:
+    """Add the words of all methods, each once. methods: METHODS of pass_sampler.py."""
+    found = {}
+    for name, method in methods.items():
+        for word, about in method.words.items():
+            found.setdefault(word, (about, []))[1].append(name)
+    for word, (about, names) in found.items():
+        text = f"{about['help']} (methods {', '.join(names)})"
+        add(f"--{word.replace('_', '-')}", **about | {"help": text})
+
+
+def given_words(args: Namespace, methods: dict) -> dict:
+    """{word: value} of the words of methods that a command line gives."""
+    words = {word for method in methods.values() for word in method.words}
+    return {word: getattr(args, word) for word in words if getattr(args, word) is not None}
+
+
+def add_params(add: Callable, kind: type) -> None:
+    """Add a word for each field of a dataclass of sampling parameters."""
+    for f in fields(kind):
+        off = "greedy" if f.name == "temperature" else "off"
+        add(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default,
+            help=f"(default: {f.default:g}, {off})")
+
+
+def read_params(args: Namespace, kind: type) -> object:
+    """The sampling parameters of a command line; others than the temperature need one above 0."""
+    params = kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
+    if params.temperature == 0 and params != kind():
+        others = [f"--{f.name.replace('_', '-')}" for f in fields(kind)[1:]]
+        raise InputError(f"{' and '.join(others)} need a --temperature above 0")
+    return params
 
 
 def has_colour() -> bool:

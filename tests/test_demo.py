@@ -14,7 +14,7 @@ import beyond.own_texts
 import pass_sampler
 from demo.recipes import distill, pretrain, to_gguf
 from model import Cache, Config, Llama, has_fbgemm
-from pass_sampler import Lookahead, Params, Sampler, generate, load_lookahead
+from pass_sampler import Lookahead, Params, generate, load_lookahead
 from results import generation, page
 from support.errors import InputError
 from support.tokenizer import load_tokenizer
@@ -85,21 +85,6 @@ def test_model_knows_python():
         tokens += tokenizer.encode(text)
     nats = pretrain.held_out(model, torch.tensor(tokens), texts=4)
     assert nats < 1.8
-
-
-@pytest.mark.parametrize("method, options", [("pass", {}), ("tree", {"tree": "0 1 00"})])
-def test_greedy_texts_are_the_same_over_long_texts(method, options):
-    """4 texts of 128 tokens, one by one and as a ragged batch, are those of plain decoding."""
-    model, _, lookahead = demo()
-    texts = [p[:length] for p, length in zip(prompts(4), (48, 7, 30, 16))]
-    plain = generate(model, texts, "autoregressive", Params(0), 128)["tokens"]
-    options = {"lookahead": lookahead, **options}
-    sampler = Sampler(model, method, Params(0), 1, 400, **options)
-    single = [sampler.generate([t], 128) for t in texts]
-    assert [r["tokens"][0] for r in single] == plain
-    assert generate(model, texts, method, Params(0), 128, **options)["tokens"] == plain
-    assert sum(r["passes"] for r in single) < sum(map(len, plain))  # drafts were accepted
-    assert sum(map(len, plain)) > 350  # few ended early
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
