@@ -18,13 +18,16 @@ smollm2: models/smollm2/model.safetensors  ## the same on a real LLaMA, made fro
 	$(RUN) $(SMOLLM2) --length 3 --prompt "import unittest"
 	$(BENCH) speed $(SMOLLM2) --kinds code --count 5 $(FEW)
 
+steps: $(VENV)/ready  ## watch PaSS: a few steps, with all numbers
+	$(IN) demo/steps.py --seed 20
+
 test: $(VENV)/extras  ## the proofs
 	$(IN) -m pytest -q -rs tests
 
 lint: $(VENV)/dev  ## ruff, as pyproject.toml has it
 	$(VENV)/bin/ruff check .
 
-pages: $(VENV)/bench  ## are files, commands and figures on the pages what they say?
+pages: $(VENV)/extras  ## are files, commands and figures on the pages what they say?
 	$(IN) -m pytest -q tests/pages.py
 	$(IN) results/page.py --check
 
@@ -56,6 +59,7 @@ bench: $(VENV)/bench models/smollm2/model.safetensors  ## the main tables: half 
 		--temperatures 0 1 --rounds 2 --methods \
 		$(foreach L,1 2 3 4,pass:demo/smollm2-paper.safetensors=$(L)))
 	$(call measure,smollm2-memory,bench.py memory $(SMOLLM2))
+	$(IN) results/step.py --seed 20 --out results/step.svg
 	$(IN) results/page.py
 
 bench-long: $(VENV)/bench models/smollm2/model.safetensors  ## the other tables: five hours, 20 GB
@@ -122,4 +126,4 @@ $(VENV)/dev: requirements-dev.txt | $(VENV)/ready
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
 
-.PHONY: bench bench-gpu bench-long demo help lint mutants pages peers smollm2 soak test
+.PHONY: bench bench-gpu bench-long demo help lint mutants pages peers smollm2 soak steps test

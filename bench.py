@@ -34,6 +34,7 @@ from model import Cache, Config, Llama, has_fbgemm, load_model, pack
 from pass_sampler import Params, Sampler, load_lookahead, method_named, method_options
 from support.data import PROMPT
 from support.errors import DTYPES, InputError, check_number, check_seed, device_named, run_script
+from support.graph import Replay
 from support.prompts import read_prompts
 from support.tables import print_tables
 from support.terminal import add_common, new_parser
@@ -159,12 +160,12 @@ def given_by(args: Namespace, spec: str) -> tuple[str, dict]:
     method = method_named(name)
     given = {}
     for word in ("lookahead", "draft_model"):
-        if word in method.words:
+        if word in method.flags:
             given[word] = getattr(args, word)
     if file:
         given["lookahead"] = file
     if shape:
-        kind = method.words.get(method.shape, {}).get("type", str)
+        kind = method.flags.get(method.shape, {}).get("type", str)
         try:
             given[method.shape] = kind(shape)
         except ValueError:
@@ -230,27 +231,17 @@ def timed_pass(model: Llama, cache: Cache, T: int, graph: bool) -> Callable:
     On a GPU the pass is recorded as a CUDA graph and replayed, as `Sampler` does with a step.
     """
     tokens = torch.zeros(1, T, dtype=torch.long, device=model.embedding.device)
+    replay = Replay(graph and tokens.is_cuda)
 
     def run():
         return model.logits(model(tokens, cache))[0, 0, 0]
 
-    def replay():
-        recorded.replay()
-        return result
-
-    once = run
-    if graph and tokens.is_cuda:
-        run()  # warms up: only then can it be recorded
-        recorded = torch.cuda.CUDAGraph()
-        once = replay
-        with torch.cuda.graph(recorded):
-            result = run()
-
     def timed(unit, turn):
         start = time.perf_counter()
-        once().item()  # waits for a GPU
+        replay(run).item()  # waits for a GPU
         return time.perf_counter() - start
 
+    replay(run)
     return timed
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.errors import DTYPES, InputError, device_named
-from support.storage import open_tensors, read_json, weight_files
+from support.storage import copy_tensor, open_tensors, read_json, weight_files
 from support.tokenizer import Tokenizer, load_tokenizer
 
 # -------------------------------------------- configuration
@@ -144,7 +144,6 @@ class Cache:
         self.length = torch.zeros(rows, dtype=torch.long, device=like.device)
         self.rows = torch.arange(rows, device=like.device)[:, None]  # (B,1)
         self.place = torch.arange(1, 1 + slots, device=like.device)  # of a slot in the text
-        self.patterns = {}  # of `causal`
         self.reads_all = like.is_cuda  # A CUDA graph has fixed shapes: it looks at all slots.
 
     def slots(self, T: int) -> Tensor:
@@ -152,24 +151,18 @@ class Cache:
         return self.length[:, None] + torch.arange(self.first, self.first + T,
                                                    device=self.length.device)
 
-    def causal(self, T: int) -> Tensor:
-        """(T,T+2): the pattern of a block of text, for `mask`. A column sees what is committed, the
-        columns before it, and itself. It is made once, and not at every step."""
-        if T not in self.patterns:
-            ones = torch.ones(T, T + 2, dtype=torch.bool, device=self.length.device)
-            self.patterns[T] = ones.tril(1)
-        return self.patterns[T]
-
-    def mask(self, pattern: Tensor) -> Tensor:
-        """(B,T,S): which slots each column of the next block sees.
+    def mask(self, T: int, pattern: Tensor | None = None) -> Tensor:
+        """(B,T,S): which slots each column of the next block sees; by default what is committed,
+        the columns before it, and itself.
 
         pattern (T,T+2): does a column see what is committed | each column of the block | slots that
-        are not used yet? See `causal`.
+        are not used yet?
         """
-        T = len(pattern)
         S = len(self.place) if self.reads_all else self.first + int(self.length.max()) + T
         # 0 or less is committed, 1 to T is the block, more is not used yet.
         place = self.place[:S] - self.length[:, None]  # (B,S)
+        if pattern is None:
+            return place[:, None] <= torch.arange(1, 1 + T, device=place.device)[:, None]
         return pattern[:, place.clamp(0, T + 1)].transpose(0, 1)
 
     def write(self, layer: int, kv: Tensor, slots: Tensor, S: int) -> tuple[Tensor, Tensor]:
@@ -234,8 +227,8 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Turn each pair (a, b) = (x_i, x_{i+E/2}) of heads x (B,T,heads,E) by an angle, in place, to
     (a cos - b sin, b cos + a sin).
 
-    cos (B,T,1,E) has every cosine twice, sin too, the first half negative. So with both halves of x
-    exchanged it is three operations for q and k together, where pair by pair it would be 14.
+    cos (B,T,1,E) has every cosine twice, sin too, the first half negative: (b, a) is x with both
+    halves exchanged, and three operations turn all pairs.
     """
     exchanged = x.roll(x.shape[-1] // 2, -1)  # (b, a)
     x.mul_(cos).addcmul_(exchanged, sin)
@@ -352,7 +345,7 @@ class Llama(nn.Module):
         if positions is None:
             positions = slots - cache.first
         if mask is None:
-            mask = cache.mask(cache.causal(T))
+            mask = cache.mask(T)
         S = mask.shape[2]
         angle = positions[:, :, None, None] * self.frequency  # (B,T,1,E/2)
         cos = torch.cat([angle.cos(), angle.cos()], -1).to(x.dtype)
@@ -431,12 +424,12 @@ class Llama(nn.Module):
                         continue  # Old checkpoints carry what is computed here.
                     if config.tied and name == "lm_head.weight":
                         output = torch.empty_like(model.embedding)
-                        copy_weight(output, file, name, path)
+                        copy_tensor(output, file, name, path)
                         continue
                     if name not in missing:
                         raise InputError(f"{path}: tensor {name} does not belong to this model, or "
                                          f"comes twice")
-                    copy_weight(missing.pop(name), file, name, path)
+                    copy_tensor(missing.pop(name), file, name, path)
         if output is not None and missing.pop("model.embed_tokens.weight", None) is not None:
             model.embedding.copy_(output)
         elif output is not None and not torch.equal(output, model.embedding):
@@ -458,27 +451,19 @@ def load_model(args: Namespace, packed: bool = True) -> tuple[Llama, Tokenizer]:
     """
     device = device_named(args.device)
     dtype = DTYPES.get(args.dtype)
-    if dtype is None and not packed and device.type == "cpu":
-        mkldnn = torch.backends.mkldnn.is_available()
-        fast = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        dtype = None if fast else torch.float32
+    if dtype is None and not packed and not has_bfloat16(device):
+        own = Config.load(args.model).dtype
+        dtype = torch.float32 if own == "bfloat16" else None
     model = Llama.load(args.model, dtype, device, packed)
     return model, load_tokenizer(args.model, model.config.vocab_size)
 
 
-FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights in files
-
-
-def copy_weight(target: Tensor, file, name: str, path: Path) -> None:
-    """Copy tensor `name` of an open safetensors file to its place, where it must fit."""
-    source = file.get_slice(name)
-    found = f"{source.get_dtype()} {source.get_shape()}"
-    if source.get_shape() != list(target.shape) or source.get_dtype() not in FLOATS:
-        raise InputError(f"{path}: {name} is {found}, expected {' or '.join(FLOATS)} "
-                         f"{list(target.shape)}")
-    if not target.copy_(file.get_tensor(name)).isfinite().all():
-        raise InputError(f"{path}: {name} has numbers that are not finite in {target.dtype}: "
-                         f"damaged?")
+def has_bfloat16(device: torch.device) -> bool:
+    """Does the device multiply bfloat16 by instructions of its own?"""
+    if device.type != "cpu":
+        return True
+    mkldnn = torch.backends.mkldnn.is_available()
+    return mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def has_fbgemm(device: torch.device | str) -> bool:

@@ -24,8 +24,9 @@ from model import Cache, Config, Llama, at_least_float32, load_model
 from support import terminal
 from support.checkpoint import read_lookahead
 from support.errors import InputError, check_number, check_options, check_seed, run_script
-from support.prompts import add_prompt, check_prompts, check_stop_tokens, read_prompt
-from support.text import RowStep, Text, figures
+from support.graph import Replay
+from support.prompts import add_prompt, check_prompts, checked_stop_tokens, read_prompt
+from support.text import figures, new_texts, rows_of
 from support.tokenizer import Tokenizer
 
 # --------------------------------------- the rejection rule
@@ -144,7 +145,7 @@ class Lookahead:
         embeddings = self.embeddings.expand(len(tokens), -1, -1)
         return model(torch.cat([model.embed(tokens), embeddings], 1), cache)
 
-    def draft(self, model: Llama, params: Params, h: Tensor, logits: Tensor, x: Tensor, u: Tensor
+    def draft(self, params: Params, h: Tensor, logits: Tensor, x: Tensor, u: Tensor
               ) -> tuple[Tensor, Tensor]:
         """Drafts d_1 .. d_L (B,L) and the q (B,L,V) that each is drawn from.
 
@@ -153,8 +154,8 @@ class Lookahead:
         q = probs(logits, params)
         return draw(q, u), q
 
-    def columns(self, model: Llama, x: Tensor, cache: Cache, positions: Tensor, mask: Tensor,
-                before: Tensor) -> Tensor:
+    def training_states(self, model: Llama, x: Tensor, cache: Cache, positions: Tensor,
+                        mask: Tensor, before: Tensor) -> Tensor:
         """States (B,N,D) of look-ahead columns x (B,N,D) as train_lookahead.py lays them out.
 
         before (B,N): the token before the one that each guesses, for look-aheads that use it.
@@ -244,7 +245,7 @@ def parallel(s: "Sampler", lookahead: Lookahead) -> Step:
         cache.commit(s.alive)  # x_n, and none of the look-ahead
         logits = s.model.logits(h)
         x = draw(s.target_probs(logits[:, :1]), u_next)  # (B,1): x_{n+1}
-        drafts, q = lookahead.draft(s.model, s.params, h[:, 1:], logits[:, 1:], x, u_draft)
+        drafts, q = lookahead.draft(s.params, h[:, 1:], logits[:, 1:], x, u_draft)
         block = torch.cat([x, drafts], 1)
         p = s.target_probs(s.model.logits(s.model(block, cache)))  # pass 2: (B,1+L,V)
         accepted, last = verify(p, q, drafts, u_verify)
@@ -258,23 +259,23 @@ def parallel(s: "Sampler", lookahead: Lookahead) -> Step:
 class Method(NamedTuple):
     """An entry of METHODS. A method's own options stand with it, here or in beyond/.
 
-    step: a function of a Sampler and of options. words: {option: what argparse is told of it}, as
-    the command line has them. read(model, tokenizer, **given): makes the options of `step` of what
-    was given on a command line. shape: the word that "=SHAPE" stands for in `bench.py --methods`.
+    step: a function of a Sampler and of options. flags: {option: what argparse is told of it}, of
+    the command line. read(model, tokenizer, **given): makes the options of `step` of what
+    was given on a command line. shape: the flag that "=SHAPE" stands for in `bench.py --methods`.
     """
     step: Callable[..., Step]
-    words: dict[str, dict] = {}
+    flags: dict[str, dict] = {}
     read: Callable[..., dict] = lambda model, tokenizer, **given: given
     shape: str = "length"
 
 
-LOOKAHEAD_WORDS = {
+LOOKAHEAD_FLAGS = {
     "lookahead": dict(metavar="FILE|unk|mean", help="trained; or untrained (mean)"),
     "length": dict(type=int, metavar="L", help="drafts: the first L look-ahead tokens of the file"),
 }
 
 
-def read_words(model: Llama, tokenizer: Tokenizer, lookahead: str = "mean",
+def lookahead_options(model: Llama, tokenizer: Tokenizer, lookahead: str = "mean",
                length: int | None = None, **given) -> dict:
     """The options of a method that has a look-ahead."""
     return {"lookahead": load_lookahead(lookahead, model, length, tokenizer), **given}
@@ -282,7 +283,7 @@ def read_words(model: Llama, tokenizer: Tokenizer, lookahead: str = "mean",
 
 METHODS = {
     "autoregressive": Method(autoregressive),
-    "pass": Method(parallel, LOOKAHEAD_WORDS, read_words),
+    "pass": Method(parallel, LOOKAHEAD_FLAGS, lookahead_options),
 }
 
 
@@ -334,9 +335,7 @@ class Sampler:
         self.step = make(weakref.proxy(self), **options)
         self.u = torch.zeros(rows, self.step.uniforms, dtype=torch.float64, device=device)
         self.generator = torch.Generator(device)
-        self.recorded = None
-        self.result = None
-        self.records = graph and device.type == "cuda"
+        self.replay = Replay(graph and device.type == "cuda")
 
     def new_cache(self, model: Llama, columns: int, make: Callable[..., Cache] = Cache) -> Cache:
         """A cache for blocks of so many columns, which `prefill` fills.
@@ -379,36 +378,16 @@ class Sampler:
                 cache.commit((lengths - 1 - cache.length).clamp(max=block.shape[1]))
 
     def advance(self) -> Tensor:
-        """One step. Returns what the host must know of it in one tensor, (B,n+3): one transfer."""
+        """One step. Returns what the host must know of it in one tensor (B,n+3), for `rows_of`."""
         block, count, last = self.step.run(self.u)
         self.x.copy_(last[:, None])
         finite = self.overflow == 0
         return torch.cat([block, last[:, None], count[:, None], finite[:, None]], 1)
 
-    def on_host(self, result: Tensor) -> list[RowStep]:
-        """What `advance` returned, in Python's numbers. This waits for the device."""
-        rows = []
-        for *block, last, count, finite in result.tolist():
-            own = len(block) - self.step.drafts  # tokens of the target's own, before the drafts
-            rows.append(RowStep([*block[:count], last], count - own, bool(finite)))
-        return rows
-
     def next_step(self) -> Tensor:
-        """`advance` with new uniforms. A GPU runs it once, records it as a CUDA graph, and replays
-        that ever after."""
+        """`advance` with new uniforms. A GPU records it as a CUDA graph, and replays that."""
         self.u.uniform_(generator=self.generator)
-        if self.records and self.result is not None and self.recorded is None:
-            start = time.perf_counter()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # This records, and runs nothing.
-                self.result = self.advance()
-            self.recorded = graph
-            self.capture_seconds = time.perf_counter() - start
-        if self.recorded is not None:
-            self.recorded.replay()
-        else:
-            self.result = self.advance()
-        return self.result
+        return self.replay(self.advance)
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int = 128, seed: int = 0,
@@ -418,24 +397,17 @@ class Sampler:
 
         on_token(row, token, from_draft) is called for each token as it is made. stop_tokens: ids
         that end a text (None: the model's). The same seed, rows and machine give the same text.
-        Returns a dict: tokens and from_draft, lists per row; stop_reason per row ("stop", "length",
-        "context"); steps per row; passes of the model, prefill apart; accepted_at_least, the share
-        of steps that kept d_1, d_1 and d_2, ..; tokens_per_pass of a row, in the mean over its own
-        steps; seconds, with prefill_ and capture_seconds.
+        Returns a dict: the `figures` of support/text.py, and seconds, of them prefill_seconds and
+        capture_seconds (to record a graph).
         """
         start = time.perf_counter()
         config = self.model.config
         check_prompts(prompts, max_new_tokens, config.vocab_size, self.context, self.rows)
         stops = config.stop_tokens
         if stop_tokens is not None:
-            check_stop_tokens(stop_tokens, config.vocab_size)
-            stops = stop_tokens
-        texts = []
-        for prompt in prompts:
-            room = self.context - len(prompt)
-            full = "length" if max_new_tokens <= room else "context"
-            texts.append(Text(min(max_new_tokens, room), full))
-        self.capture_seconds = 0.0
+            stops = checked_stop_tokens(stop_tokens, config.vocab_size)
+        texts = new_texts(prompts, max_new_tokens, self.context)
+        self.replay.capture_seconds = 0.0
         self.generator.manual_seed(seed)
         self.alive.copy_(torch.arange(self.rows) < len(prompts))
         self.prefill(prompts)
@@ -443,7 +415,7 @@ class Sampler:
             torch.cuda.synchronize()
         prefill_seconds = time.perf_counter() - start
         while not all(text.ending for text in texts):
-            made = self.on_host(self.next_step())
+            made = rows_of(self.next_step(), self.step.drafts)  # the one wait for the device
             for row, (text, new) in enumerate(zip(texts, made)):
                 if text.ending:
                     continue
@@ -453,11 +425,12 @@ class Sampler:
                 for token, from_draft in text.grow(new, stops):
                     if on_token:
                         on_token(row, token, from_draft)
-                self.alive[row] = not text.ending
+                if text.ending:
+                    self.alive[row] = 0
         return figures(texts, self.step.drafts, self.step.passes) | {
             "method": self.name, "device": str(self.x.device),
             "seconds": time.perf_counter() - start, "prefill_seconds": prefill_seconds,
-            "capture_seconds": self.capture_seconds}
+            "capture_seconds": self.replay.capture_seconds}
 
 
 def generate(model: Llama, prompts: list[list[int]], method: str = "pass",
@@ -478,7 +451,7 @@ def method_options(name: str, given: dict, model: Llama, tokenizer: Tokenizer) -
     given. A word that would have no effect is refused."""
     given = {word: value for word, value in given.items() if value is not None}
     method = method_named(name)
-    check_options(name, given, [*method.words], [])
+    check_options(name, given, [*method.flags], [])
     return method.read(model, tokenizer, **given)
 
 
@@ -489,7 +462,7 @@ def main() -> None:
     terminal.add_common(add)
     add_prompt(parser)
     add("--method", choices=METHODS, default="pass", help="(default: pass)")
-    terminal.add_method_words(add, METHODS)
+    terminal.add_method_flags(add, METHODS)
     terminal.add_params(add, Params)
     add("--max-new-tokens", type=int, default=128, help="(default: 128)")
     add("--samples", type=int, default=1, help="texts (default: 1)")
@@ -501,7 +474,7 @@ def main() -> None:
     check_seed(args.seed)
     check_number("samples", args.samples, 2**16)
     model, tokenizer = load_model(args)
-    options = method_options(args.method, terminal.given_words(args, METHODS), model, tokenizer)
+    options = method_options(args.method, terminal.given_flags(args, METHODS), model, tokenizer)
     prompts = [tokenizer.encode(text)] * args.samples
     show = None if args.json else terminal.printer(tokenizer, text)
     result = generate(model, prompts, args.method, params, args.max_new_tokens, args.seed, show,

@@ -37,7 +37,7 @@ from support.checkpoint import (
     read_texts,
     write_checkpoint,
 )
-from support.data import PROMPT, TEXT, add_data, check_context, read_data, windows
+from support.data import PROMPT, TEMPERATURES, TEXT, add_data, check_context, read_data, windows
 from support.errors import InputError, check_number, check_seed, device_named, run_script
 from support.storage import check_writable, write_tensors, write_text
 from support.terminal import add_common, new_parser
@@ -45,7 +45,6 @@ from support.terminal import add_common, new_parser
 PLACES = 4  # M, per text and step
 READ_FOR = 16  # steps: to read a batch of texts costs more than a step, so each is read once for 16
 EVALUATIONS = 10  # per run, about
-TEMPERATURES = (0.0, 0.6, 1.0)  # of the texts that an evaluation measures on
 CHECKPOINT_SECONDS = 20
 # These may differ on --resume. Hashes stand for the model, data and texts.
 MOVABLE = ("model", "data", "texts", "device", "out", "resume", "process", "processes")
@@ -83,7 +82,8 @@ def states(model: Llama, lookahead: Lookahead, text: Tensor, places: Tensor, off
     mask = slot < places.repeat_interleave(L, 1)[:, :, None]  # (B,M*L,T+M*L)
     mask[:, :, T:] = (place == place[:, None]).tril()
     x = lookahead.embeddings.repeat(M, 1).expand(len(text), -1, -1)
-    h = lookahead.columns(model, x, cache, offset[:, None] + here, mask, text.gather(1, here))
+    h = lookahead.training_states(
+        model, x, cache, offset[:, None] + here, mask, text.gather(1, here))
     target = target.gather(1, here[:, :, None].expand(-1, -1, target.shape[2]))
     return h.flatten(0, 1), target.flatten(0, 1), text.gather(1, here + 1).flatten()
 
@@ -185,7 +185,7 @@ def evaluate(model: Llama, lookahead: Lookahead, texts: dict[float, Tensor], pos
 class Part(NamedTuple):
     """Something of a look-ahead that can be trained. beyond/training.py adds one to PARTS."""
     options: dict[str, dict]  # {option: what argparse is told of it}
-    largest: dict[str, tuple[int, int]]  # {option: its range}
+    ranges: dict[str, tuple[int, int]]  # {option: the least and the largest}
     initial: Callable  # (model, tokens to train on, args, generator) -> {name: float32 tensor}
     rates: dict[str, float]  # {name: rate of learning}
     accepted: Callable = accepted_once  # how to measure the acceptance at the end
@@ -369,7 +369,7 @@ def parse() -> Namespace:
     check_number("batch", args.batch, 2**16)
     check_number("steps", args.steps, 2**40)
     for part in PARTS:
-        for name, (least, largest) in part.largest.items():
+        for name, (least, largest) in part.ranges.items():
             check_number(name, getattr(args, name), largest, least)
     check_writable(args.out)
     checkpoint = file_beside(args.out, "checkpoint")

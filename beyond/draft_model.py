@@ -59,7 +59,7 @@ def load_draft_model(folder: Path, model: Llama, tokenizer: Tokenizer) -> Llama:
     return small
 
 
-def read_draft_words(model: Llama, tokenizer: Tokenizer, draft_model: Path | None = None,
+def draft_options(model: Llama, tokenizer: Tokenizer, draft_model: Path | None = None,
                      **given) -> dict:
     """The options of the method."""
     if draft_model is not None:
@@ -70,4 +70,4 @@ def read_draft_words(model: Llama, tokenizer: Tokenizer, draft_model: Path | Non
 DRAFT_MODEL = Method(draft_model, {
     "draft_model": dict(type=Path, metavar="DIR", help="folder of a smaller LLaMA"),
     "length": dict(type=int, metavar="L", help="drafts per step"),
-}, read_draft_words)
+}, draft_options)

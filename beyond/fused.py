@@ -21,7 +21,16 @@ from torch import Tensor
 
 from beyond.lookahead import block_mask
 from model import Cache, Llama
-from pass_sampler import LOOKAHEAD_WORDS, Lookahead, Made, Method, Sampler, Step, read_words, verify
+from pass_sampler import (
+    LOOKAHEAD_FLAGS,
+    Lookahead,
+    Made,
+    Method,
+    Sampler,
+    Step,
+    lookahead_options,
+    verify,
+)
 
 
 class Layout:
@@ -59,7 +68,8 @@ class Layout:
         groups = self.groups.expand(len(tokens), -1, -1)
         x = torch.cat([model.embed(tokens), groups], 1)
         positions = cache.length[:, None] + self.offset
-        return model(x, cache, positions, block_mask(cache, self.pattern, self.nodes))
+        mask = block_mask(cache, self.nodes, x.shape[1], self.pattern)
+        return model(x, cache, positions, mask)
 
 
 class Group:
@@ -95,7 +105,7 @@ def fused(s: Sampler, lookahead: Lookahead) -> Step:
 
     def run(u):
         u_draft, u_verify = u.split([L, L + 1], 1)
-        drafts, q = lookahead.draft(s.model, s.params, group.h, group.logits, s.x, u_draft)
+        drafts, q = lookahead.draft(s.params, group.h, group.logits, s.x, u_draft)
         h = layout.run(s.model, torch.cat([s.x, drafts], 1), cache)
         logits = s.model.logits(h)
         p = s.target_probs(logits[:, :1 + L])
@@ -107,4 +117,4 @@ def fused(s: Sampler, lookahead: Lookahead) -> Step:
     return Step(run, uniforms=2 * L + 1, drafts=L)
 
 
-FUSED = Method(fused, LOOKAHEAD_WORDS, read_words)
+FUSED = Method(fused, LOOKAHEAD_FLAGS, lookahead_options)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Cache, Config, Llama, at_least_float32
+from model import Cache, Config, Llama
 from pass_sampler import Lookahead, Params, draw, probs
 from support.errors import InputError
 
@@ -44,10 +44,10 @@ class MemoryCache(Cache):
         self.place = torch.cat([nowhere, cache.place])
 
 
-def block_mask(cache: Cache, pattern: Tensor, tokens: int) -> Tensor:
-    """`cache.mask` of a block that begins with so many tokens; the look-ahead columns after them
+def block_mask(cache: Cache, tokens: int, T: int, pattern: Tensor | None = None) -> Tensor:
+    """`cache.mask` of T columns that begin with so many tokens; the look-ahead columns after them
     see the memory, if the cache has one."""
-    mask = cache.mask(pattern)
+    mask = cache.mask(T, pattern)
     if cache.first:
         mask[:, tokens:, :cache.first] = True
     return mask
@@ -104,18 +104,18 @@ class LookaheadPlus(Lookahead):
         """As in Lookahead; the look-ahead columns see the memory."""
         embeddings = self.embeddings.expand(len(tokens), -1, -1)
         x = torch.cat([model.embed(tokens), embeddings], 1)
-        mask = block_mask(cache, cache.causal(x.shape[1]), tokens.shape[1])
+        mask = block_mask(cache, tokens.shape[1], x.shape[1])
         return model(x, cache, mask=mask)
 
     def features(self, h: Tensor, e: Tensor) -> Tensor:
         """h, e (..,D) -> (..,r)."""
         return F.silu(F.linear(torch.cat([normal(h), normal(e)], -1), self.head_in))
 
-    def draft(self, model: Llama, params: Params, h: Tensor, logits: Tensor, x: Tensor, u: Tensor
+    def draft(self, params: Params, h: Tensor, logits: Tensor, x: Tensor, u: Tensor
               ) -> tuple[Tensor, Tensor]:
         """As in Lookahead, one draft after the other."""
         if self.head_in is None:
-            return super().draft(model, params, h, logits, x, u)
+            return super().draft(params, h, logits, x, u)
         candidates = Candidates(self, h, logits)
         q = candidates.no_probs(h.shape[1])
         drafts = []
@@ -128,8 +128,8 @@ class LookaheadPlus(Lookahead):
             drafts.append(x)
         return torch.cat(drafts, 1), q
 
-    def columns(self, model: Llama, x: Tensor, cache: Cache, positions: Tensor, mask: Tensor,
-                before: Tensor) -> Tensor:
+    def training_states(self, model: Llama, x: Tensor, cache: Cache, positions: Tensor,
+                        mask: Tensor, before: Tensor) -> Tensor:
         """As in Lookahead: every column x sees the memory, and the head is given the token before
         each guess."""
         if self.memory is not None:
@@ -174,5 +174,5 @@ class Candidates:
     def no_probs(self, places: int) -> Tensor:
         """q (B,places,V) that is 0 everywhere, in the type that `probs` gives."""
         B, _, V = self.shape
-        like = at_least_float32(self.best)
-        return torch.zeros(B, places, V, dtype=like.dtype, device=like.device)
+        dtype = torch.float64 if self.best.dtype == torch.float64 else torch.float32
+        return torch.zeros(B, places, V, dtype=dtype, device=self.best.device)

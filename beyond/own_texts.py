@@ -3,7 +3,7 @@
     python -m beyond.own_texts --model DIR --data PATH .. --count 6144 --out TEXTS
 
 Each begins with PROMPT tokens of a file. A third is written at each of TEMPERATURES. Give TEXTS to
-train_lookahead.py or demo/distill.py.
+train_lookahead.py or demo/recipes/distill.py.
 """
 from pathlib import Path
 
@@ -14,12 +14,11 @@ from tqdm import tqdm
 from model import Llama, load_model
 from pass_sampler import Params, Sampler
 from support.checkpoint import write_texts
-from support.data import PROMPT, TEXT, add_data, check_context, read_data, windows
+from support.data import PROMPT, TEMPERATURES, TEXT, add_data, check_context, read_data, windows
 from support.errors import InputError, check_number, check_seed, run_script
 from support.storage import check_writable
 from support.terminal import add_common, new_parser
 
-TEMPERATURES = (0.0, 0.6, 1.0)
 AT_ONCE = 256  # rows
 
 

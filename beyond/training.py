@@ -1,7 +1,7 @@
 """What train_lookahead.py can train beyond the embeddings: the memory and the head of lookahead.py.
 
-Importing this adds both to the script's options. With either, an acceptance is measured for several
-candidates per place too, since a tree needs that (tree.py).
+Importing this adds both to the script's options. Then the acceptance at the end is measured for
+several candidates per place, since a tree needs that (tree.py).
 """
 import math
 from argparse import Namespace

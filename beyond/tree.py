@@ -24,7 +24,7 @@ from beyond.fused import Group, Layout
 from beyond.lookahead import Candidates
 from model import Llama
 from pass_sampler import (
-    LOOKAHEAD_WORDS,
+    LOOKAHEAD_FLAGS,
     Lookahead,
     Made,
     Method,
@@ -32,8 +32,8 @@ from pass_sampler import (
     Sampler,
     Step,
     draw,
+    lookahead_options,
     probs,
-    read_words,
     residual,
 )
 from support.errors import InputError
@@ -176,9 +176,8 @@ def tree(s: Sampler, lookahead: Lookahead, tree: str = "0 1 00") -> Step:
     return Step(run, uniforms=2 * N + 1, drafts=shape.depth)
 
 
-TREE = Method(
-    tree, {**LOOKAHEAD_WORDS, "tree": dict(help='paths of ranks, such as "0 1 00"')}, read_words,
-    shape="tree")
+FLAGS = {**LOOKAHEAD_FLAGS, "tree": dict(help='paths of ranks, such as "0 1 00"')}
+TREE = Method(tree, FLAGS, lookahead_options, shape="tree")
 
 
 # ------------------------------------------ choosing a tree

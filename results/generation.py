@@ -17,9 +17,11 @@ from support.terminal import add_common, new_parser
 COLUMNS, WIDTH, HEIGHT = 88, 8.4, 19  # characters per line; of one, in points
 STYLE = """
 text { font: 14px ui-monospace, Menlo, Consolas, monospace; fill: #1f2328; white-space: pre }
-.prompt { fill: #6e7781 } .draft { fill: #1a7f37; font-weight: bold } .note { font-style: italic }
+.prompt, .not { fill: #6e7781 } .draft, .accepted { fill: #1a7f37; font-weight: bold }
+.rejected { fill: #cf222e } .note { font-style: italic }
 @media (prefers-color-scheme: dark) {
-  text { fill: #d1d7e0 } .prompt { fill: #8b949e } .draft { fill: #3fb950 }
+  text { fill: #d1d7e0 } .prompt, .not { fill: #8b949e } .draft, .accepted { fill: #3fb950 }
+  .rejected { fill: #ff7b72 }
 }"""
 
 
@@ -37,14 +39,16 @@ def lines_of(pieces: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
     return lines
 
 
-def picture(lines: list[list[tuple[str, str]]], note: str) -> str:
-    """The SVG. note: a line below."""
+def picture(lines: list[list[tuple[str, str]]]) -> str:
+    """The SVG of lines, each a list of pieces (text, class)."""
     rows = []
-    for line in [*lines, [], [(note, "note")]]:
+    columns = COLUMNS
+    for line in lines:
+        columns = max(columns, sum(len(part) for part, _ in line))
         spans = "".join(f'<tspan class="{kind}">{escape(part)}</tspan>' for part, kind in line)
         y = HEIGHT * (len(rows) + 1)
         rows.append(f'<text x="8" y="{y}" xml:space="preserve">{spans}</text>')
-    width, height = WIDTH * COLUMNS + 16, HEIGHT * (len(rows) + 1)
+    width, height = WIDTH * columns + 16, HEIGHT * (len(rows) + 1)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}">'
             f"<style>{STYLE}</style>\n" + "\n".join(rows) + "\n</svg>\n")
 
@@ -73,7 +77,7 @@ def main() -> None:
     tokens = len(result["tokens"][0])
     note = (f"{tokens} tokens in {result['passes']} passes; {drafts} of them are accepted drafts. "
             f"Plain decoding takes {tokens} passes.")
-    write_text(args.out, picture(lines_of(pieces), note))
+    write_text(args.out, picture([*lines_of(pieces), [], [(note, "note")]]))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ errors.py     how bad input ends: one line, exit code 2; checks; names of device
 storage.py    files that are written whole or not at all; tensors and JSON in files
 checkpoint.py interrupted trainings, look-ahead files, texts that a model wrote
 tokenizer.py  text to token ids and back
-terminal.py   command lines, prompts, what is printed while a text is made
+terminal.py   command lines, and what is printed while a text is made
+prompts.py    prompts: where they come from, and which cannot be continued
+text.py       new texts: where they end, how many steps and drafts they took
 tables.py     tables of figures, on the screen and in JSON files
 data.py       text to train on
 """

@@ -23,9 +23,9 @@ def fingerprint(config) -> str:
 
 
 def digest(model: nn.Module, *tensors: Tensor) -> str:
-    """A hash of tensors, and of where each weight of a model begins."""
+    """A hash of tensors, and of where each weight of a model begins, in whatever type."""
     found = hashlib.sha256()
-    for tensor in (*tensors, *(weight.detach()[:1].cpu() for weight in model.parameters())):
+    for tensor in (*tensors, *(weight.detach()[:1].float().cpu() for weight in model.parameters())):
         found.update(repr(tensor.shape).encode())
         found.update(tensor.contiguous().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
@@ -105,7 +105,8 @@ def read_lookahead(path: Path, config, shapes: dict, length: int | None = None
                          f"train_lookahead.py")
     if "embeddings" not in tensors or not set(tensors) <= set(shapes):
         raise InputError(f"{path} is no look-ahead file that is known here: its tensors, such as "
-                         f"{', '.join([*tensors][:4])}, are not of {', '.join(shapes)}")
+                         f"{', '.join([*tensors][:4])}, are not of {', '.join(shapes)}; "
+                         f"`import beyond` adds others")
     for name, tensor in tensors.items():
         wanted = shapes[name]
         fits = tensor.ndim == len(wanted) and tensor.numel() > 0 and tensor.dtype in DTYPES.values()

@@ -11,6 +11,7 @@ from support.errors import InputError
 
 TEXT = 128  # tokens of a text to train on
 PROMPT = 48  # tokens of it that stand before the model begins to write
+TEMPERATURES = (0.0, 0.6, 1.0)  # of texts that a model writes, to train and to measure on
 
 
 def add_data(add: Callable) -> None:

@@ -3,6 +3,7 @@ import math
 import select
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
@@ -88,8 +89,9 @@ def check_prompts(prompts: list[list[int]], max_new_tokens: int, vocab_size: int
                              f"model 0 to {vocab_size - 1}: is it the model's tokenizer?")
 
 
-def check_stop_tokens(stop_tokens: list[int], vocab_size: int) -> None:
-    """Raise InputError for what are not ids of tokens; a string would never match one."""
+def checked_stop_tokens(stop_tokens: Iterable[int], vocab_size: int) -> list[int]:
+    """A list of them. Raises InputError for what are not ids of tokens: a string would never match
+    one."""
     try:
         ids = list(stop_tokens)
     except TypeError:
@@ -97,3 +99,4 @@ def check_stop_tokens(stop_tokens: list[int], vocab_size: int) -> None:
     if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
         raise InputError(f"stop_tokens must be a list of token ids from 0 to {vocab_size - 1}, not "
                          f"{stop_tokens!r}")
+    return ids

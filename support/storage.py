@@ -58,6 +58,21 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(named.values()))]
 
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights in files
+
+
+def copy_tensor(target: torch.Tensor, file: safe_open, name: str, path: Path) -> None:
+    """Copy tensor `name` of an open file to its place, where it must fit and be finite."""
+    source = file.get_slice(name)
+    found = f"{source.get_dtype()} {source.get_shape()}"
+    if source.get_shape() != list(target.shape) or source.get_dtype() not in FLOATS:
+        raise InputError(f"{path}: {name} is {found}, expected {' or '.join(FLOATS)} "
+                         f"{list(target.shape)}")
+    if not target.copy_(file.get_tensor(name)).isfinite().all():
+        raise InputError(f"{path}: {name} has numbers that are not finite in {target.dtype}: "
+                         f"damaged?")
+
+
 # ------------------------------------------------------- writing
 
 def check_writable(path: Path) -> None:

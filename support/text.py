@@ -3,12 +3,14 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class RowStep(NamedTuple):
-    """What a step made of one row."""
+    """What a step made for one row."""
     tokens: list[int]
     accepted: int  # drafts; they stand just before the last token
-    finite: bool  # Are the logits that the target has given so far?
+    finite: bool  # Were all logits of the target finite so far?
 
 
 @dataclass
@@ -40,8 +42,34 @@ class Text:
         return added
 
 
+def new_texts(prompts: list[list[int]], max_new_tokens: int, context: int) -> list[Text]:
+    """A Text per prompt. context: tokens of prompt and text, at most."""
+    texts = []
+    for prompt in prompts:
+        room = context - len(prompt)
+        full = "length" if max_new_tokens <= room else "context"
+        texts.append(Text(min(max_new_tokens, room), full))
+    return texts
+
+
+def rows_of(result: Tensor, drafts: int) -> list[RowStep]:
+    """What a step made, from the tensor (B,n+3) that `Sampler.advance` returns: per row a block
+    whose last `drafts` tokens are drafts, the last token, how many of the block are kept, and
+    whether all logits were finite. This waits for the device."""
+    rows = []
+    for *block, last, count, finite in result.tolist():
+        own = len(block) - drafts  # tokens of the target's own, before the drafts
+        rows.append(RowStep([*block[:count], last], count - own, bool(finite)))
+    return rows
+
+
 def figures(texts: list[Text], drafts: int, passes: int) -> dict:
-    """What `Sampler.generate` returns, but for times. drafts and passes: per step."""
+    """What came of texts. drafts and passes: per step.
+
+    tokens and from_draft, lists per row; stop_reason per row: "stop", "length" or "context"; steps
+    per row; passes of the model, prefill apart; accepted_at_least, the share of steps that kept
+    d_1, d_1 and d_2, ..; tokens_per_pass, in the mean over the rows' own steps.
+    """
     steps = [len(text.drafts) for text in texts]
     kept = []
     for i in range(drafts):

@@ -53,7 +53,8 @@ def bundle(modules):
     """The modules by their last names, and `tiny` and `random_lookahead` made of them."""
     code = types.SimpleNamespace(**{name.split(".")[-1]: m for name, m in modules.items()})
     code.tiny = partial(tiny, module=code.model)
-    code.random_lookahead = partial(random_lookahead, module=code.lookahead)
+    code.random_lookahead = partial(
+        random_lookahead, module=code.lookahead, paper=code.pass_sampler)
     return code
 
 
@@ -120,17 +121,21 @@ def whole(llama, tokens):
     return llama.logits(llama(torch.tensor([tokens]), cache))[0]
 
 
-def random_lookahead(llama, L, parts=("memory", "head"), seed=5, module=None, keep=None):
+def random_lookahead(llama, L, parts=("memory", "head"), seed=5, module=None, paper=None,
+                     keep=None):
     """Random embeddings as large as the model's own, so that drafts are far from the target and
     every branch of the rule is taken; of a memory of 2 slots and a head of rank 8 those that are
-    named. keep: so many of the L embeddings."""
+    named: without either it is the paper's look-ahead. keep: so many of the L embeddings."""
     module = module or sys.modules["beyond.lookahead"]
+    paper = paper or sys.modules["pass_sampler"]
     generator, c = torch.Generator().manual_seed(seed), llama.config
 
     def normal(*shape):
         return torch.randn(*shape, dtype=torch.float64, generator=generator).to(llama.embedding)
 
     embeddings = normal(L, c.dim)[:keep]
+    if not parts:
+        return paper.Lookahead(embeddings)
     memory = normal(c.n_layers, 2, 2, c.n_kv_heads, c.head_dim)
     head_in, head_out = normal(8, 2 * c.dim), normal(c.dim, 8)
     lookahead = module.LookaheadPlus(embeddings)

@@ -40,6 +40,10 @@ def exact_pass(code):
     check_exact(code, "pass", (1.0, 2), BOTH, steps=2)
 
 
+def exact_paper(code):
+    check_exact(code, "pass", (0.5,), ())
+
+
 def exact_fused(code):
     check_exact(code, "fused", (1.0, 2), BOTH, steps=2)
 
@@ -167,6 +171,16 @@ BUGS = {
             "embeddings = self.embeddings.expand(len(tokens), -1, -1)\n        x",
             "embeddings = self.embeddings[:1].expand(len(tokens), L := len(self.embeddings), -1)"
             "\n        x"),
+    },
+    exact_paper: {
+        "LA_1 in all places": ("LA_j has an embedding of its own",
+            "self.embeddings.expand(len(tokens), -1, -1)\n        return",
+            "self.embeddings[:1].expand(len(tokens), len(self.embeddings), -1)\n        return"),
+        "the look-ahead before the token": ("look-ahead tokens follow x_n",
+            "return model(torch.cat([model.embed(tokens), embeddings], 1), cache)",
+            "return model(torch.cat([embeddings, model.embed(tokens)], 1), cache)"),
+        "drafts from another q": ("drafts are drawn from the q that judges them",
+            "return draw(q, u), q", "return draw(q.flip(1), u), q"),
     },
     test_ended_rows: {
         "a finished row commits": ("a row that has ended stays where it is",

@@ -81,4 +81,4 @@ def test_figures_are_those_of_the_result_files(monkeypatch):
     from results import page
     for path in page.PAGES:
         text = path.read_text()
-        assert page.filled(text) == text, f"{path.name}: run demo/page.py"
+        assert page.filled(text) == text, f"{path.name}: run results/page.py"

@@ -1,4 +1,4 @@
-"""bench.py and demo/humaneval.py: the tables have the rows that were asked for, and what is not a
+"""bench.py, results/humaneval.py: the tables have the rows that were asked for, and what is no
 time is right. Times are not asserted, but how they are put together is."""
 import json
 import shutil

@@ -18,7 +18,7 @@ import torch
 from common import ALPHA, REAL, check_power, options, options_of, p_value, random_lookahead, tiny
 from exact import check_exact
 
-from pass_sampler import METHODS, Params, Sampler
+from pass_sampler import METHODS, Params, Sampler, generate
 
 # ------------------------------------ 1. the rejection rule
 
@@ -235,3 +235,18 @@ def test_single_rows_follow_the_model(method):
 def test_power(n, length, params, shift):
     """The smallest deviation, in total variation, that these tests find with a power of 99 %."""
     check_power(exact_texts(tuple(PROMPTS[1]), params, length), n, shift)
+
+
+@pytest.mark.parametrize("method", [*METHODS][1:])
+def test_greedy_texts_are_those_of_plain_decoding(method):
+    """float32: 30 prompts of 1 to 30 tokens, as one ragged batch, and one by one."""
+    llama, generator = tiny(30, dtype=torch.float32, context=256, stop=(7,)), torch.Generator()
+    generator.manual_seed(0)
+    prompts = [torch.randint(30, (1 + i,), generator=generator).tolist() for i in range(30)]
+    expected = generate(llama, prompts, "autoregressive", max_new_tokens=40)["tokens"]
+    assert len({len(text) for text in expected}) > 3  # some stop early
+    for parts in ((), ("memory", "head")):
+        words = options(method, llama, parts=parts)
+        assert generate(llama, prompts, method, max_new_tokens=40, **words)["tokens"] == expected
+        sampler = Sampler(llama, method, Params(0), 1, 100, **words)
+        assert [sampler.generate([p], 40)["tokens"][0] for p in prompts[::3]] == expected[::3]

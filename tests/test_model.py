@@ -88,7 +88,7 @@ def test_model(code=REAL):
     path = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0],
                          [1, 1, 0, 1, 1, 0]]).bool()
     positions = cache.length[:, None] + torch.tensor([0, 1, 1, 2])
-    logits = run([[3, 1, 2, 4], [0, 2, 1, 1]], positions=positions, mask=cache.mask(path))
+    logits = run([[3, 1, 2, 4], [0, 2, 1, 1]], positions=positions, mask=cache.mask(4, path))
     for row, (root, _, child, grandchild) in enumerate([[3, 1, 2, 4], [0, 2, 1, 1]]):
         agree(logits[row, 3], texts[row] + [root, child, grandchild], row, "in a tree, the logits")
     cache.commit(torch.tensor([3, 2]), torch.tensor([[0, 2, 3], [0, 1, 0]]))

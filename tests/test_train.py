@@ -62,8 +62,13 @@ def test_gradients(code=REAL):
 def test_columns(code=REAL):
     """A group trained after n tokens of a text gives the q that is drafted from after those n
     tokens, and the p that judges it: both as in tests/naive.py."""
+    for parts in ((), ("memory", "head")):
+        check_columns(code, parts)
+
+
+def check_columns(code, parts):
     model, g = code.tiny(5), torch.Generator().manual_seed(0)
-    lookahead = code.random_lookahead(model, 3)
+    lookahead = code.random_lookahead(model, 3, parts)
     judge = naive.Model(model, lookahead)
     lookahead.embeddings.requires_grad_()  # gradients flow, as in training
     text, places = torch.randint(5, (2, 9), generator=g), torch.tensor([[1, 4], [3, 2]])
