@@ -82,3 +82,10 @@ def test_figures_are_those_of_the_result_files(monkeypatch):
     for path in page.PAGES:
         text = path.read_text()
         assert page.filled(text) == text, f"{path.name}: run results/page.py"
+
+
+def test_grids_are_those_of_the_masks():
+    from demo.grids import grid_of
+    found = re.search("<!-- grids -->\n(.*?)\n<!-- end -->", PAGES["beyond/README.md"], re.S)[1]
+    for spec in ("fused=2", "tree=0 1 00"):
+        assert "\n".join(f"    {line}" for line in grid_of(spec)) in found, "run demo/grids.py"
