@@ -35,7 +35,8 @@ from support.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Params:
     """Sampling parameters. To add one: a field here with its range, and a line in `probs`; for the
-    proof the same line in `probs` of tests/naive.py, and values in tests/test_equivalence.py."""
+    proof the same line in `probs` of tests/naive.py, and values in SETTINGS of
+    tests/test_equivalence.py; for a planted bug, tests/mutants.py."""
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # 0 is off
     top_p: float = 1.0  # 1 is off
@@ -75,7 +76,7 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
     """Inverse CDF: p (..,V) and uniforms u (..) -> tokens (..).
 
     The first token whose cumulative weight exceeds u times the total, so never one of weight 0.
-    (Where a weight is NaN it is the last token, and `verify` rejects it.)
+    Where a weight is NaN it gives the last token; `verify` rejects such a draft.
     """
     cdf = p.cumsum(-1, dtype=torch.float64)
     token = torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True)[..., 0]
@@ -210,7 +211,7 @@ class Step(NamedTuple):
     """
     run: Callable[[Tensor], Made]
     uniforms: int
-    drafts: int = 0  # in a block
+    drafts: int = 0  # that a step may accept; they stand at the end of `Made.block`
     passes: int = 1  # of the model
 
 
@@ -340,8 +341,9 @@ class Sampler:
     def new_cache(self, model: Llama, columns: int, make: Callable[..., Cache] = Cache) -> Cache:
         """A cache for blocks of so many columns, which `prefill` fills.
 
-        It has room for one step more than the text needs. So the last step has the same shapes as
-        all others, which a CUDA graph requires.
+        It has room for two blocks more than the text: the last step of a text may commit more than
+        the text needs, and a row that has ended runs blocks as long as others go on. So no step
+        has other shapes, which a CUDA graph requires.
         """
         cache = make(model, self.rows, self.context + 2 * columns)
         self.caches.append((model, cache, columns))
@@ -353,8 +355,8 @@ class Sampler:
         return self.buffers[-1]
 
     def target_probs(self, logits: Tensor) -> Tensor:
-        """The target's p (B,T,V). Notes whether a logit is not finite: then the sum is not, and 0
-        times the sum is NaN."""
+        """The target's p (B,T,V) of its logits. If one of these is not finite, their sum is not
+        either, and 0 times the sum makes `overflow` NaN for good."""
         logits = at_least_float32(logits)
         self.overflow.add_(logits.sum((1, 2)), alpha=0)
         return probs(logits, self.params)

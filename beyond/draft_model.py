@@ -15,7 +15,7 @@ from support.errors import InputError, check_number
 from support.tokenizer import Tokenizer, load_tokenizer
 
 
-def draft_model(s: Sampler, draft_model: Llama, length: int = 4) -> Step:
+def speculative(s: Sampler, draft_model: Llama, length: int = 4) -> Step:
     """L+1 passes of the draft model, the last for its cache, then one of the model.
 
     `Step.passes` counts the model's alone: the draft model's are not in tokens_per_pass.
@@ -67,7 +67,7 @@ def draft_options(model: Llama, tokenizer: Tokenizer, draft_model: Path | None =
     return given
 
 
-DRAFT_MODEL = Method(draft_model, {
+DRAFT_MODEL = Method(speculative, {
     "draft_model": dict(type=Path, metavar="DIR", help="folder of a smaller LLaMA"),
     "length": dict(type=int, metavar="L", help="drafts per step"),
 }, draft_options)

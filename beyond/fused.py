@@ -60,8 +60,7 @@ class Layout:
         self.offset = torch.tensor(offset, device=device)
         pattern = F.pad(visible, (1, 0), value=True)  # what is committed
         self.pattern = F.pad(pattern, (0, 1), value=False).to(device)  # what is not used yet
-        # Which columns are the group of node 0, (L,).
-        self.group = torch.arange(n, n + L, device=device)
+        self.first_group = torch.arange(n, n + L, device=device)  # columns of node 0's group
 
     def run(self, model: Llama, tokens: Tensor, cache: Cache) -> Tensor:
         """Run the block with these tokens (B,1+N) as nodes: states (B,columns,D)."""
@@ -80,16 +79,17 @@ class Group:
 
     def __init__(self, s: Sampler, layout: Layout):
         dtype = s.model.embedding.dtype
-        L = len(layout.group)
+        L = len(layout.first_group)
         # (rows,L): where the group of node 0 of each row stands, in a batch of such blocks.
         begins = len(layout.offset) * torch.arange(s.rows, device=s.x.device)
-        self.first = begins[:, None] + layout.group
+        self.first_groups = begins[:, None] + layout.first_group
         self.h = s.zeros(L, s.model.config.dim, dtype=dtype)
         self.logits = s.zeros(L, s.model.config.vocab_size, dtype=dtype)
 
     def keep(self, h: Tensor, logits: Tensor, node: Tensor) -> None:
         """Take the group of `node` (B,) out of the states and logits of a block."""
-        columns = (self.first + self.first.shape[1] * node[:, None]).flatten()  # (B*L,)
+        L = self.first_groups.shape[1]
+        columns = (self.first_groups + L * node[:, None]).flatten()  # (B*L,)
         torch.index_select(h.flatten(0, 1), 0, columns, out=self.h.flatten(0, 1))
         torch.index_select(logits.flatten(0, 1), 0, columns, out=self.logits.flatten(0, 1))
 

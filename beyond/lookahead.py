@@ -33,7 +33,7 @@ class MemoryCache(Cache):
     """
 
     def __init__(self, cache: Cache, memory: Tensor):
-        """memory (layers,2,R,K,E). Gradients flow to it."""
+        """memory (layers,2,R,K,E). Gradients flow to it. All else is that of `cache`, shared."""
         vars(self).update(vars(cache))
         rows = cache.kv.shape[2]
         memory = memory.transpose(2, 3)[:, :, None]  # (layers,2,1,K,R,E)
@@ -108,7 +108,7 @@ class LookaheadPlus(Lookahead):
         return model(x, cache, mask=mask)
 
     def features(self, h: Tensor, e: Tensor) -> Tensor:
-        """h, e (..,D) -> (..,r)."""
+        """h, e (..,D) -> (..,r). `Candidates` has the same in two halves, of h and of e."""
         return F.silu(F.linear(torch.cat([normal(h), normal(e)], -1), self.head_in))
 
     def draft(self, params: Params, h: Tensor, logits: Tensor, x: Tensor, u: Tensor

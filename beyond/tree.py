@@ -42,7 +42,8 @@ from support.errors import InputError
 class Shape:
     """The nodes of a tree: 0 is x, the N drafts follow by depth.
 
-    path (1+N,1+depth): the nodes from x to each one, which then repeats. depths (1+N,).
+    path (1+N,1+depth): per node, the nodes from x to it; the node itself fills up the row.
+    depths (1+N,).
     levels: a Level per depth of parents.
     """
 
@@ -146,7 +147,7 @@ def grow(shape: Shape, s: Sampler, lookahead: Lookahead, group: Group, u: Tensor
     return tokens, q
 
 
-def tree(s: Sampler, lookahead: Lookahead, tree: str = "0 1 00") -> Step:
+def tree_of_drafts(s: Sampler, lookahead: Lookahead, tree: str = "0 1 00") -> Step:
     """As `fused`, with the drafts of a tree in place of a chain: 1 to depth+1 tokens."""
     shape = Shape(tree, s.x.device)
     if shape.depth > len(lookahead.embeddings):
@@ -177,7 +178,7 @@ def tree(s: Sampler, lookahead: Lookahead, tree: str = "0 1 00") -> Step:
 
 
 FLAGS = {**LOOKAHEAD_FLAGS, "tree": dict(help='paths of ranks, such as "0 1 00"')}
-TREE = Method(tree, FLAGS, lookahead_options, shape="tree")
+TREE = Method(tree_of_drafts, FLAGS, lookahead_options, shape="tree")
 
 
 # ------------------------------------------ choosing a tree

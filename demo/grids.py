@@ -42,7 +42,7 @@ def grid_of(spec: str) -> list[str]:
     layout, names = layout_of(spec)
     columns = list(names)
     for name in names:
-        columns += [f"LA_{j}/{name}" for j in range(1, 1 + len(layout.group))]
+        columns += [f"LA_{j}/{name}" for j in range(1, 1 + len(layout.first_group))]
     remarks = [f"at position +{offset}" for offset in layout.offset.tolist()]
     numbers = [str(i) for i in range(1, 1 + len(columns))]
     labels = [f"{i.rjust(2)} {name}" for i, name in zip(numbers, columns)]

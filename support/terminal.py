@@ -54,7 +54,7 @@ def read_params(args: Namespace, kind: type) -> object:
     params = kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
     if params.temperature == 0 and params != kind():
         others = [f"--{f.name.replace('_', '-')}" for f in fields(kind)[1:]]
-        raise InputError(f"{' and '.join(others)} need a --temperature above 0")
+        raise InputError(f"{', '.join(others)} need a --temperature above 0")
     return params
 
 

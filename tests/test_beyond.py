@@ -9,11 +9,11 @@ from exact import check_exact
 from test_equivalence import SETTINGS, check_joint, ends
 
 from beyond.tree import best_tree, choose
-from pass_sampler import Params, generate, probs
+from pass_sampler import METHODS, Params, generate, probs
 from support.errors import InputError
 
 BOTH = ("memory", "head")
-BEYOND = ["fused", "tree", "draft-model"]
+BEYOND = [method for method in METHODS if method not in ("autoregressive", "pass")]
 SOME = [(0.0,), (1.0,), (1.0, 2), (0.7, 2, 0.8)]
 
 
