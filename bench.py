@@ -37,7 +37,7 @@ from support.errors import DTYPES, InputError, check_number, check_seed, device_
 from support.graph import Replay
 from support.prompts import read_prompts
 from support.tables import print_tables
-from support.terminal import add_common, new_parser
+from support.terminal import add_common, new_parser, user_path
 from support.tokenizer import Tokenizer
 from train_lookahead import evaluate
 
@@ -375,11 +375,11 @@ def peak_memory(device: torch.device, work: Callable) -> int:
 # ------------------------------------------------------- command line
 
 OPTIONS = {
-    "json": dict(type=Path, metavar="FILE", help="write the numbers there too"),
+    "json": dict(type=user_path, metavar="FILE", help="write the numbers there too"),
     "lookahead": dict(default="mean", metavar="FILE|unk|mean", help="(default: mean, untrained)"),
     "methods": dict(nargs="*", default=["pass", "fused=1"], help="(default: pass fused=1)"),
-    "draft-model": dict(type=Path, metavar="DIR", help="of method draft-model"),
-    "prompts": dict(type=Path, default=ROOT / "demo" / "prompts.json",
+    "draft-model": dict(type=user_path, metavar="DIR", help="of method draft-model"),
+    "prompts": dict(type=user_path, default=ROOT / "demo" / "prompts.json",
                     help="JSON {kind: [text, ..]} (default: demo/prompts.json)"),
     "kinds": dict(nargs="+", metavar="KIND", help="of the prompts (default: all)"),
     "count": dict(type=int, default=20, help="prompts of each kind (default: 20)"),

@@ -104,7 +104,7 @@ class Config:
             head_dim=head_dim, norm_eps=number("rms_norm_eps", 1e-6, float),
             rope_theta=number("rope_theta", number("rope_theta", 10000.0, float), float, rope),
             rope={"rope_type": scaling, **numbers},
-            context=number("max_position_embeddings", 2048),
+            context=number("max_sequence_length", number("max_position_embeddings", 2048)),
             tied=bool(raw.get("tie_word_embeddings", False)), dtype=dtype,
             stop_tokens=stop_tokens(path, raw))
 
@@ -426,6 +426,9 @@ class Llama(nn.Module):
                         output = torch.empty_like(model.embedding)
                         copy_tensor(output, file, name, path)
                         continue
+                    if name not in missing and f"model.{name}" in missing:
+                        copy_tensor(missing.pop(f"model.{name}"), file, name, path)
+                        continue  # A base model has no prefix before its names.
                     if name not in missing:
                         raise InputError(f"{path}: tensor {name} does not belong to this model, or "
                                          f"comes twice")

@@ -40,7 +40,7 @@ from support.checkpoint import (
 from support.data import PROMPT, TEMPERATURES, TEXT, add_data, check_context, read_data, windows
 from support.errors import InputError, check_number, check_seed, device_named, run_script
 from support.storage import check_writable, write_tensors, write_text
-from support.terminal import add_common, new_parser
+from support.terminal import add_common, new_parser, user_path
 
 PLACES = 4  # M, per text and step
 READ_FOR = 16  # steps: to read a batch of texts costs more than a step, so each is read once for 16
@@ -328,6 +328,10 @@ def train(args: Namespace, model: Llama, pool: Tensor, held: Tensor) -> None:
                 bar.start_t += pause  # or the time left would count evaluations
             loss = train_step(model, parts, optimizer, args.objective,
                               rate(state["step"], args.steps), columns)
+            if not math.isfinite(loss):
+                raise InputError(f"the loss of step {state['step']} is {loss.item()}, in "
+                                 f"{model.precision}: try --dtype float32; an older checkpoint "
+                                 f"is as it was")
             state["losses"].append(loss.item())
             state["step"] += 1
             state["seconds"] += time.perf_counter() - began
@@ -354,14 +358,14 @@ def parse() -> Namespace:
     add = parser.add_argument
     add_common(add)
     add_data(add)
-    add("--texts", type=Path, help="of beyond/own_texts.py, to train on in place of data")
+    add("--texts", type=user_path, help="of beyond/own_texts.py, to train on in place of data")
     add("--objective", choices=["ce", "kl", "tv"], default="ce", help="(default: ce, the paper's)")
     for part in PARTS:
         for name, about in part.options.items():
             add(f"--{name}", **about)
     add("--batch", type=int, default=8, help="texts per step (default: 8)")
     add("--steps", type=int, default=1000, help="(default: 1000)")
-    add("--out", type=Path, required=True, help="file to write")
+    add("--out", type=user_path, required=True, help="file to write")
     add("--resume", action="store_true", help="from the checkpoint, if there is one")
     parser.set_defaults(process=0, processes=1)  # which of how many, of torchrun's
     args = parser.parse_args()

@@ -12,6 +12,7 @@ import torch
 from model import Llama
 from pass_sampler import Made, Method, Sampler, Step, draw, probs, verify
 from support.errors import InputError, check_number
+from support.terminal import user_path
 from support.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -68,6 +69,6 @@ def draft_options(model: Llama, tokenizer: Tokenizer, draft_model: Path | None =
 
 
 DRAFT_MODEL = Method(speculative, {
-    "draft_model": dict(type=Path, metavar="DIR", help="folder of a smaller LLaMA"),
+    "draft_model": dict(type=user_path, metavar="DIR", help="folder of a smaller LLaMA"),
     "length": dict(type=int, metavar="L", help="drafts per step"),
 }, draft_options)

@@ -5,7 +5,6 @@
 Each begins with PROMPT tokens of a file. A third is written at each of TEMPERATURES. Give TEXTS to
 train_lookahead.py or demo/recipes/distill.py.
 """
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from support.checkpoint import write_texts
 from support.data import PROMPT, TEMPERATURES, TEXT, add_data, check_context, read_data, windows
 from support.errors import InputError, check_number, check_seed, run_script
 from support.storage import check_writable
-from support.terminal import add_common, new_parser
+from support.terminal import add_common, new_parser, user_path
 
 AT_ONCE = 256  # rows
 
@@ -42,7 +41,7 @@ def main() -> None:
     add_data(parser.add_argument)
     parser.add_argument("--count", type=int, default=6144,
                         help="a multiple of 3 (default: 6144)")
-    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    parser.add_argument("--out", type=user_path, required=True, help="file to write")
     args = parser.parse_args()
     check_seed(args.seed)
     if args.count % len(TEMPERATURES):

@@ -23,7 +23,7 @@ from model import Cache, Llama, load_model
 from pass_sampler import Lookahead, Params, draw, load_lookahead, probs
 from support.errors import InputError, check_number, check_seed, run_script
 from support.prompts import check_prompts
-from support.terminal import add_common, add_params, has_colour, new_parser, read_params
+from support.terminal import add_common, add_params, has_colour, new_parser, read_params, visible
 from support.tokenizer import Tokenizer
 
 # ---------------------------------------------------- the algorithm
@@ -226,6 +226,7 @@ def painted(line: Line, colour: bool) -> str:
     codes = {"accepted": "32", "rejected": "31", "prompt": "2", "not judged": "2"}
     text = ""
     for part, kind in line:
+        part = visible(part)
         if colour and part and kind in codes:
             text += f"\033[{codes[kind]}m{part}\033[0m"
         elif kind == "accepted" and len(line) > 1:

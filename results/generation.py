@@ -12,7 +12,7 @@ from model import load_model
 from pass_sampler import Params, generate, load_lookahead
 from support.errors import check_seed, run_script
 from support.storage import check_writable, write_text
-from support.terminal import add_common, new_parser
+from support.terminal import add_common, new_parser, user_path, visible
 
 COLUMNS, WIDTH, HEIGHT = 88, 8.4, 19  # characters per line; of one, in points
 STYLE = """
@@ -45,7 +45,9 @@ def picture(lines: list[list[tuple[str, str]]]) -> str:
     columns = COLUMNS
     for line in lines:
         columns = max(columns, sum(len(part) for part, _ in line))
-        spans = "".join(f'<tspan class="{kind}">{escape(part)}</tspan>' for part, kind in line)
+        spans = ""
+        for part, kind in line:
+            spans += f'<tspan class="{kind}">{escape(visible(part))}</tspan>'
         y = HEIGHT * (len(rows) + 1)
         rows.append(f'<text x="8" y="{y}" xml:space="preserve">{spans}</text>')
     width, height = WIDTH * columns + 16, HEIGHT * (len(rows) + 1)
@@ -61,7 +63,7 @@ def main() -> None:
     add("--prompt", required=True, help="text to continue")
     add("--temperature", type=float, default=0.0, help="(default: 0, greedy)")
     add("--max-new-tokens", type=int, default=160, help="(default: 160)")
-    add("--out", type=Path, required=True, help="SVG file to write")
+    add("--out", type=user_path, required=True, help="SVG file to write")
     args = parser.parse_args()
     check_seed(args.seed)
     check_writable(args.out)

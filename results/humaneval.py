@@ -30,15 +30,32 @@ from support.tables import print_tables
 from support.terminal import add_common, new_parser
 from support.tokenizer import Tokenizer
 
+STOPS = r"\n(?:class|def|#|if|print)"  # what ends a program: the paper's five
+
 GUARD = """
-import bisect, collections, copy, ctypes, datetime, functools, hashlib, heapq, itertools, math
-import operator, os, random, re, resource, socket, statistics, string, sys, typing, _strptime
+import ast, ctypes, os, resource, sys, _strptime
 program, libc = sys.stdin.read(), ctypes.CDLL(None)
 quiet = os.open(os.devnull, os.O_WRONLY)
 limits = {resource.RLIMIT_CPU: int(sys.argv[1]), resource.RLIMIT_AS: 2**30,
           resource.RLIMIT_FSIZE: 2**16}
 for limit, value in limits.items():
     resource.setrlimit(limit, (value, value))
+def modules(text):
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+for name in modules(program):
+    if name.split(".")[0] in sys.stdlib_module_names:
+        try:
+            __import__(name)
+        except Exception:
+            pass
 os.chroot(".")  # an empty folder: from here on there are no files, and no more modules
 if libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()):
     os._exit(1)  # it could undo that
@@ -103,7 +120,7 @@ def right_programs(problems: list[dict], samples: int, tokenizer: Tokenizer, dec
         prompt = tokenizer.encode(beginning(problem))
         test = f"{problem['test']}\ncheck({problem['entry_point']})"
         for k, text in enumerate(decode([prompt] * samples, seed + i)["tokens"]):
-            body = re.split(r"\n(?=\S)", tokenizer.decode(text))[0]
+            body = re.split(STOPS, tokenizer.decode(text))[0]
             right[i, k] = ends_well(f"{beginning(problem)}{body}\n{test}")
     return right
 

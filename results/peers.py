@@ -21,7 +21,7 @@ from model import load_model
 from pass_sampler import Params
 from support.errors import DTYPES, InputError, extra, run_script
 from support.tables import print_tables
-from support.terminal import add_common, new_parser
+from support.terminal import add_common, new_parser, user_path
 
 
 def others(folder: Path, device: torch.device, gguf: list[Path]) -> dict[str, Callable]:
@@ -98,7 +98,7 @@ def main() -> None:
     parser = new_parser(__doc__)
     add_common(parser.add_argument)
     bench.add_options(parser.add_argument, bench.DECODING + bench.DRAFTED)
-    parser.add_argument("--gguf", type=Path, nargs="+",
+    parser.add_argument("--gguf", type=user_path, nargs="+",
                         help="for llama.cpp: files of demo/recipes/to_gguf.py")
     parser.set_defaults(rows=[1])
     args = parser.parse_args()

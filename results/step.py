@@ -10,12 +10,12 @@ from demo import steps
 from results.generation import picture
 from support.errors import run_script
 from support.storage import check_writable, write_text
-from support.terminal import new_parser
+from support.terminal import new_parser, user_path
 
 
 def main() -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="SVG file to write")
+    parser.add_argument("--out", type=user_path, required=True, help="SVG file to write")
     args = steps.parse(parser)
     check_writable(args.out)
     lines = next(steps.tell(args))

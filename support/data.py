@@ -1,5 +1,6 @@
 """Text to train on: files, which of them are held out, pieces of them."""
 import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support.errors import InputError
+from support.terminal import user_path
 
 TEXT = 128  # tokens of a text to train on
 PROMPT = 48  # tokens of it that stand before the model begins to write
@@ -16,21 +18,28 @@ TEMPERATURES = (0.0, 0.6, 1.0)  # of texts that a model writes, to train and to 
 
 def add_data(add: Callable) -> None:
     """Add the words that `read_data` takes. add: parser.add_argument."""
-    add("--data", type=Path, nargs="+", required=True, help="text files, and folders of them")
+    add("--data", type=user_path, nargs="+", required=True, help="text files, and folders of them")
     add("--suffix", default="", help="of the files in folders, such as .py (default: all)")
 
 
 def split_files(paths: list[Path], suffix: str) -> tuple[list[Path], list[Path]]:
     """All files below paths, whole: (to train on, held out). Held out is the tenth whose names
-    hash lowest."""
+    hash lowest. Hidden files, and what is in hidden folders such as .git, are left out."""
     found = {}
+    hidden = 0
     for path in paths:
         if not path.exists():
             raise InputError(f"--data {path} does not exist")
         inside = path.rglob("*") if path.is_dir() else [path]
         for file in inside:
-            if file.is_file() and (file == path or file.name.endswith(suffix)):
+            if not file.is_file() or not (file == path or file.name.endswith(suffix)):
+                continue
+            if any(part.startswith(".") for part in file.relative_to(path).parts):
+                hidden += 1
+            else:
                 found.setdefault(file.resolve(), file)  # each once, by whatever name
+    if hidden:
+        print(f"--data: {hidden} hidden files are left out", file=sys.stderr)
     if len(found) < 2:
         of = f" with suffix {suffix}" if suffix else ""
         raise InputError(f"--data has {len(found)} files{of}; at least 2 are needed, as one is "

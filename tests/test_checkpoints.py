@@ -59,6 +59,23 @@ def test_a_tied_config_with_a_head_of_its_own(tmp_path):
     assert load().config.tied and torch.equal(load().embedding, embedding + 1)
 
 
+def test_names_of_a_base_model(tmp_path):
+    """AutoModel saves a tied model without the prefix `model.`; old files carry rotary tensors."""
+    shutil.copy(FIXTURE / "tied" / "config.json", tmp_path)
+    weights = load_file(FIXTURE / "tied" / "model.safetensors")
+    renamed = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    renamed["layers.0.self_attn.rotary_emb.cos_cached"] = torch.zeros(3)
+    save_file(renamed, tmp_path / "model.safetensors")
+    for name, tensor in Llama.load(tmp_path, torch.float32).named_weights().items():
+        assert torch.equal(tensor, weights[name].float()), name
+
+
+def test_the_length_that_a_folder_says(tmp_path):
+    changes = {"rope_parameters": {"rope_type": "linear", "factor": 4},
+               "max_position_embeddings": 64, "max_sequence_length": 256}
+    assert Config.load(config_with(FIXTURE / "plain", tmp_path, **changes)).context == 256
+
+
 @pytest.mark.skipif(not has_fbgemm("cpu"), reason="no FBGEMM here")
 @pytest.mark.parametrize("large", [7e4, 1e5, 3e38])
 def test_what_does_not_fit_float16_stays_float32(large, tmp_path):

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 import pass_sampler
 from support import errors
 from support.errors import InputError
-from support.storage import check_writable, write_tensors
+from support.storage import check_writable, write_tensors, write_text
+from support.terminal import has_colour, visible
 
 
 @pytest.fixture
@@ -181,6 +182,50 @@ def test_interrupted(folder, data, tmp_path):
     assert not (tmp_path / "out").exists()
     saved = (tmp_path / "out.checkpoint").exists()
     assert (b"--resume goes on" if saved else b"nothing is saved yet") in err
+
+
+def test_a_file_keeps_its_mode_and_what_stands_beside_it(tmp_path):
+    path, theirs = tmp_path / "F.json", tmp_path / "F.json.tmp"
+    path.write_text("old")
+    theirs.write_text("somebody else's")
+    path.chmod(0o640)
+    write_text(path, "ü")
+    assert path.read_bytes() == "ü".encode() and path.stat().st_mode & 0o777 == 0o640
+    assert theirs.read_text() == "somebody else's" and len([*tmp_path.iterdir()]) == 2
+
+
+def test_control_characters_are_shown_and_not_obeyed():
+    assert visible("a\tb\n\x1b[31m\x7f\x9b") == "a\tb\n\u241b[31m\ufffd\ufffd"
+
+
+@pytest.mark.parametrize("variables, colour", [
+    ({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_conventions_of_terminals(variables, colour, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert has_colour() == colour
+
+
+def test_a_prompt_that_is_piped_in_late(folder):
+    """It is the prompt, and no other is; nothing piped in is refused."""
+    words = ["--model", folder, "--max-new-tokens", 4, "--json"]
+    command = " ".join(script("pass_sampler.py", *words))
+    texts = []
+    for source in ("printf ab", "(sleep 1; printf ab)"):
+        texts.append(subprocess.run(f"{source} | {command}", shell=True, capture_output=True))
+    tokens = [json.loads(text.stdout)["tokens"] for text in texts]
+    assert tokens[0] == tokens[1]
+    nothing = subprocess.run(f"true | {command}", shell=True, capture_output=True, text=True)
+    assert nothing.returncode == 2 and "the prompt is empty" in nothing.stderr
+
+
+def test_the_home_folder(folder, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    words = [f"--model=~/{folder.name}", "--prompt", "a", "--max-new-tokens", 2]
+    assert run_main(pass_sampler, capsys, *words)[0] == 0
 
 
 def test_what_is_no_regular_file_stays_what_it_is(tmp_path):

@@ -282,6 +282,25 @@ def test_files_that_are_no_text_are_left_out(folder, data, tmp_path):
     assert all(map(torch.equal, before, read_data(tokenizer, [tmp_path / "data"], "", 128)))
 
 
+def test_hidden_files_are_left_out(data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    for name in (".git/objects", "more/.cache"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "a.txt").write_text("no text")
+    found = [len(files) for files in split_files([tmp_path / "data"], "")]
+    assert found == [len(files) for files in split_files([data], "")]
+    assert "2 hidden files are left out" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_stops_the_training(train, tmp_path, monkeypatch):
+    """In one line, and without a file that the sampler would call damaged."""
+    monkeypatch.setattr(train_lookahead, "loss_of",
+                        lambda objective, logits, tokens, p: logits.sum() * torch.nan)
+    code, out, err = train(tmp_path / "out", "--steps", 20)
+    assert code == 2 and "the loss of step 0 is nan, in float32" in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.checkpoint").exists()
+
+
 def test_trains_on_texts_that_the_model_writes(train, folder, data, tmp_path, capsys):
     """As many as were asked for, a third per temperature; the greedy ones are the model's own
     continuation of their prompts. They are for that model alone."""

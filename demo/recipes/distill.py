@@ -23,7 +23,7 @@ from support.checkpoint import check_no_checkpoint, digest, fingerprint, read_te
 from support.errors import DTYPES, InputError, check_number, check_seed, device_named, run_script
 from support.storage import read_json, write_tensors, write_text
 from support.tables import print_tables
-from support.terminal import add_common, new_parser
+from support.terminal import add_common, new_parser, user_path
 from train_lookahead import backward
 
 WIDTH, LAYERS, HEADS = 256, 4, 4
@@ -87,11 +87,12 @@ def parse():
     parser = new_parser(__doc__)
     add = parser.add_argument
     add_common(add)
-    add("--texts", type=Path, required=True, help="of beyond/own_texts.py")
+    add("--texts", type=user_path, required=True, help="of beyond/own_texts.py")
     add("--steps", type=int, default=400, help=f"of {BATCH} texts (default: 400)")
-    add("--out", type=Path, default=Path("models/draft"), help="folder (default: models/draft)")
+    add("--out", type=user_path, default=Path("models/draft"),
+        help="folder (default: models/draft)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--json", type=Path, help="file for what was measured on the way")
+    add("--json", type=user_path, help="file for what was measured on the way")
     args = parser.parse_args()
     check_seed(args.seed)
     check_number("steps", args.steps, 2**40)

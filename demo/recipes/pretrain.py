@@ -32,7 +32,7 @@ from support.checkpoint import check_no_checkpoint, read_checkpoint, write_check
 from support.data import windows
 from support.errors import InputError, check_number, check_seed, device_named, run_script
 from support.storage import check_writable, write_tensors, write_text
-from support.terminal import new_parser
+from support.terminal import new_parser, user_path
 from support.tokenizer import load_tokenizer
 from train_lookahead import backward
 
@@ -307,8 +307,8 @@ def picture(curve, width=480, height=240):
 def main():
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("models/own"), help="folder (default: models/own)")
-    add("--work", type=Path, default=Path("models/pretrain"),
+    add("--out", type=user_path, default=Path("models/own"), help="folder (default: models/own)")
+    add("--work", type=user_path, default=Path("models/pretrain"),
         help="folder of wheels, corpus and checkpoint (default: models/pretrain)")
     add("--steps", type=int, required=True, help=f"of {COLUMNS} tokens each")
     add("--resume", action="store_true", help="go on from the checkpoint in --work")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from support.data import split_files
 from support.errors import InputError, run_script
 from support.storage import write_text
-from support.terminal import new_parser
+from support.terminal import new_parser, user_path
 
 PROMPTS, CHARACTERS = 20, 280
 
@@ -43,8 +43,8 @@ def pieces(texts, begin):
 def main():
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--data", type=Path, nargs="+", required=True, help="the standard library")
-    add("--plain", type=Path, nargs="+", required=True, help="what pretrain.py held out")
+    add("--data", type=user_path, nargs="+", required=True, help="the standard library")
+    add("--plain", type=user_path, nargs="+", required=True, help="what pretrain.py held out")
     args = parser.parse_args()
     sources = [file.read_text(errors="replace") for file in split_files(args.data, ".py")[1]]
     prose = [text for source in sources for text in docstrings(source)]

