@@ -87,7 +87,7 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     """norm(max(0, p - q)) (..,V): what is left of p when a draft from q has been rejected."""
     rest = (p - q).clamp(min=0)
     total = rest.sum(-1, keepdim=True)
-    # Where p = q but for rounding, a "rejection" is rounding too, and p is right.
+    # Where p = q there are no rejections; if rounding makes one, nothing is left, and p is right.
     return torch.where(total > 0, rest / total, p)
 
 
@@ -103,18 +103,19 @@ def verify(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
     accepted draft with probability q(x) min(1, p(x)/q(x)) = min(p(x), q(x)). A rejection has
     probability 1 - sum_y min(p(y), q(y)) = sum_y max(0, p(y) - q(y)), which is just what the
     residual is divided by, so x comes out after one with probability max(0, p(x) - q(x)).
-    The sum is p(x), whatever q is. With a bad q only time is lost.
+    The sum is p(x), whatever q is: with a bad q only time is lost. So it is at every position,
+    given the tokens before it, since each p is that after the drafts kept.
     """
     L = drafts.shape[1]
     p_draft = p[:, :-1].gather(2, drafts[..., None])[..., 0]  # (B,L)
     q_draft = q.gather(2, drafts[..., None])[..., 0]
     u_accept, u_last = u.split([L, 1], 1)
-    accept = u_accept * q_draft < p_draft
+    accept = u_accept * q_draft < p_draft  # u < p/q, without a division by 0
     accepted = accept.cumprod(1).sum(1)  # those before the first rejection
     rows = torch.arange(len(p), device=p.device)
     p_last = p[rows, accepted]  # (B,V)
     q_last = q[rows, accepted.clamp(max=L - 1)]
-    q_last = q_last * (accepted < L)[:, None]  # 0 after the last draft: the residual is p
+    q_last = q_last * (accepted < L)[:, None]  # Where all were accepted, 0: the residual is p.
     return accepted, draw(residual(p_last, q_last), u_last[:, 0])
 
 
@@ -206,8 +207,8 @@ class Step(NamedTuple):
 
     run(u), u (B,uniforms) in [0, 1): before it the cache holds each row's text without the last
     token, which is s.x. It commits s.x and all new tokens but the last. Its shapes are fixed, it
-    does not wait for the device, and it writes in place what outlives it. So a GPU can record it
-    once and replay it.
+    does not wait for the device, and what the next step needs it writes into tensors that are
+    there. So a GPU can record it once and replay it.
     """
     run: Callable[[Tensor], Made]
     uniforms: int
@@ -261,8 +262,8 @@ class Method(NamedTuple):
     """An entry of METHODS. A method's own options stand with it, here or in beyond/.
 
     step: a function of a Sampler and of options. flags: {option: what argparse is told of it}, of
-    the command line. read(model, tokenizer, **given): makes the options of `step` of what
-    was given on a command line. shape: the flag that "=SHAPE" stands for in `bench.py --methods`.
+    the command line. read(model, tokenizer, **given): turns what a command line gives
+    into options of `step`. shape: the flag that "=SHAPE" stands for in `bench.py --methods`.
     """
     step: Callable[..., Step]
     flags: dict[str, dict] = {}

@@ -135,8 +135,13 @@ Line = list[tuple[str, str]]  # pieces of a line: text, and what it is
 
 
 def number(value: float) -> str:
-    """A probability, in five characters or six."""
-    return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.0e}"
+    """A probability, with two digits that count."""
+    if value >= 0.01 or value == 0:
+        return f"{value:.3f}"
+    return f"{value:.4f}" if value >= 0.001 else f"{value:.1e}"
+
+
+KEPT, OVERWRITTEN = "kept in the cache", "not kept: the next pass writes over it"
 
 
 class Story:
@@ -156,14 +161,14 @@ class Story:
         L = len(h.drafts)
         accepted = sum(draft.verdict == "accepted" for draft in h.drafts)
         names = ["x_n", *(f"LA_{j}" for j in range(1, 1 + L))]
-        remarks = [f"at position {h.position}; stays in the cache"]
+        remarks = [f"at position {h.position}; {KEPT}"]
         for j in range(1, 1 + L):
-            remarks.append(f"at position {h.position + j}; is forgotten")
+            remarks.append(f"at position {h.position + j}; {OVERWRITTEN}")
         first = grid(names, names, h.sees_1, remarks)
         names = ["x_{n+1}", *(f"d_{j}" for j in range(1, 1 + L))]
         remarks = []
         for i in range(1 + L):
-            fate = "stays in the cache" if i <= accepted else "is forgotten"
+            fate = KEPT if i <= accepted else OVERWRITTEN
             remarks.append(f"at position {h.position + 1 + i}; {fate}")
         second = grid(names, names, h.sees_2, remarks)
         guesses = [f"d_{j} = {self.word(draft.token)}" for j, draft in enumerate(h.drafts, 1)]
@@ -173,7 +178,8 @@ class Story:
             "", *first, "",
             f"x_n yields x_{{n+1}} = {self.word(h.x)}, drawn from the model's own p, where it has "
             f"{number(h.p_next)}.",
-            "LA_j stands in the place of x_{n+j}, has not seen it, and guesses the token after it:",
+            "Each column yields the token after its own place. LA_j stands in that of x_{n+j}, which",
+            "it has not seen. So it guesses the token after that:",
             f"{', '.join(guesses)}.", "",
             "Pass 2 runs x_{n+1} and the drafts, as if they were the text:", "", *second, ""]
         lines = [[(text, "told")] for text in plain]
@@ -200,8 +206,10 @@ class Story:
             shares, tokens = h.residual.topk(3)
             likely = ", ".join(f"{self.word(int(token))} {number(float(share))}"
                                for share, token in zip(shares, tokens) if share > 0) + ", ..; "
-        drawn = f"{likely}u = {number(h.u_last)} gives {self.word(h.last)}."
-        return [*lines, [], [(told, "told")], [(drawn, "told")], []]
+        drawn = f"{likely}by u = {number(h.u_last)} it is {self.word(h.last)}"
+        if h.residual is not None:
+            drawn += f", which has {number(float(h.residual[h.last]))}"
+        return [*lines, [], [(told, "told")], [(f"{drawn}.", "told")], []]
 
     def ending(self, h: Happened, accepted: int) -> list[Line]:
         """The text, and what the step gained."""
@@ -210,7 +218,7 @@ class Story:
         new.append((h.last, "own"))
         self.text += [(self.stream(token), kind) for token, kind in new]
         lines = [[(f"Two passes gave {len(new)} tokens, {accepted} of them accepted drafts. "
-                   f"The text so far:", "told")], []]
+                   f"The text so far, these marked:", "told")], []]
         lines.append([("  | ", "told")])
         for text, kind in self.text:
             for i, part in enumerate(text.split("\n")):

@@ -1,21 +1,23 @@
-"""Start here: the claim of this repository, proved twice in two minutes, and how to break it.
+"""Start here: the claim of this repository, tested twice, and how to break it. Two minutes to read.
 
 The claim: whatever the drafts are worth, PaSS writes texts that follow the model's own
 distribution.
 
 (a) tests the rule by itself: 200,000 drafts from a q are judged against a p, and what comes out
     must be distributed as p.
-(b) tests all of PaSS on the model that ships: of each token that it writes, the model itself says
-    how far down its distribution the token stands; these places must be uniform.
+(b) tests the whole loop on the model that ships, with one draft per step: of each token that PaSS
+    writes, the model itself says how far down its distribution the token stands; these places must
+    be uniform.
 
 Both run twice: on the code as it is, and with a bug, for which they must fail. The bug: after a
 rejection the token is drawn from p, and not from the residual max(0, p - q). You can plant it
 yourself: in `residual` of pass_sampler.py let `rest = p`, then
 
-    .venv/bin/python -m pytest -x tests/test_start_here.py
+    .venv/bin/python -m pytest tests/test_start_here.py
 
-A statistical test cannot see a very small bias. tests/test_equivalence.py can: it enumerates all
-that a step may do, against tests/naive.py, which is the page to read next. That the model is a
+and both say that the output no longer follows p. A statistical test cannot see a very small bias.
+tests/test_equivalence.py can: it enumerates all that a step may do, with several drafts too,
+against tests/naive.py, which is the page to read next. That the model is a
 LLaMA at all is shown by `test_equals_transformers` in tests/test_model.py: on it all else stands.
 """
 import math
@@ -37,8 +39,10 @@ DRAWS = 200_000
 
 def p_value_of_the_rule():
     """Null hypothesis: the first token that the rule lets out is distributed as P. Chi-square with
-    4 degrees of freedom; 1e-6 is the significance. With the bug 0.55 P + min(P, Q) comes out, whose
-    chi-square is 0.061 n: 12,200 for this n, where 35 would do. So the power is 1."""
+    4 degrees of freedom; 1e-6 is the significance.
+
+    A draft is rejected with probability 0.4, so with the bug min(P, Q) + 0.4 P comes out. Its
+    chi-square is 0.098 n, 19,700 for this n, where 35 would do: the power is 1."""
     u = torch.rand(DRAWS, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     p = P.expand(DRAWS, 2, 5)  # of the draft, and of the token after it
     q = Q.expand(DRAWS, 1, 5)
@@ -47,6 +51,7 @@ def p_value_of_the_rule():
     first = torch.where(accepted > 0, drafts[:, 0], last)
     seen = first.bincount(minlength=5).double()
     expected = DRAWS * P.double()
+    print(f"of the rule: {(seen / DRAWS).tolist()}, p: {P.tolist()}")
     statistic = ((seen - expected) ** 2 / expected).sum()
     return torch.special.gammaincc(torch.tensor(2.0).double(), statistic / 2).item()
 
@@ -64,14 +69,16 @@ def test_the_rule_would_show_the_bug(monkeypatch):
 
 DEMO = ROOT / "demo" / "model"
 ROWS, TOKENS = 192, 240  # texts side by side, and the length of each
+BEGIN = 1  # the token <s>, which each text follows
 
 
 def places(p, tokens, v):
     """U (n,): where tokens (n,) stand in their distributions p (n,V). v (n,) uniform.
 
     The vocabulary in order of falling p: U is the probability of all that stands above the token,
-    and a random share v of the token's own. If each token is drawn from p, given the text before
-    it, then all U are independent and uniform (Rosenblatt 1952), whatever the drafts were.
+    plus v times the token's own; without v there would be only certain values. If each token is
+    drawn from p, given the text before it, then all U are independent and uniform (Rosenblatt
+    1952), whatever the drafts were.
     """
     own = p.gather(1, tokens[:, None])
     above = (p * (p > own)).sum(1)
@@ -80,15 +87,16 @@ def places(p, tokens, v):
 
 
 def write_and_place():
-    """46,080 tokens that PaSS writes at temperature 1, as their places U. One look-ahead token,
-    since with it most tokens are written in a minute."""
+    """46,080 tokens that PaSS writes at temperature 1, as their places U. With one look-ahead token
+    this takes half a minute, with four two."""
     model = Llama.load(DEMO, torch.float32)
     lookahead = load_lookahead(DEMO / "paper.safetensors", model, length=1)
-    sampler = Sampler(model, "pass", Params(1), ROWS, 1 + TOKENS, lookahead=lookahead)
-    result = sampler.generate([[1]] * ROWS, TOKENS, seed=0, stop_tokens=[])
+    sampler = Sampler(
+        model, "pass", Params(temperature=1), ROWS, 1 + TOKENS, lookahead=lookahead)
+    result = sampler.generate([[BEGIN]] * ROWS, TOKENS, seed=0, stop_tokens=[])
     texts = torch.tensor(result["tokens"])  # (ROWS,TOKENS)
     read = Llama.load(DEMO, torch.float32)
-    before = torch.cat([torch.ones(ROWS, 1, dtype=torch.long), texts[:, :-1]], 1)
+    before = torch.cat([torch.full((ROWS, 1), BEGIN), texts[:, :-1]], 1)
     generator = torch.Generator().manual_seed(1)
     found = []
     for row, text in zip(before.split(8), texts.split(8)):
@@ -102,8 +110,10 @@ def write_and_place():
 def p_values_of_places():
     """Null hypothesis: the places are independent and uniform. Two p-values: of their mean, which
     is normal, and of their largest distance from uniform (Kolmogorov-Smirnov); 1e-6 is the
-    significance of each. With the bug the mean is off by 6.6 standard errors (as 12,800 tokens of
-    another seed showed, 3.5 of them), where 4.9 would do: so the power is .95."""
+    significance of each.
+
+    With the bug the mean is too large by 3.5 standard errors on 12,800 tokens, as another seed
+    showed; that is 6.6 on 46,080, where 4.9 would do. So the power is .95."""
     u, accepted = write_and_place()
     n = len(u)
     z = (u.mean() - 0.5) * math.sqrt(12 * n)
