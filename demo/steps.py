@@ -178,8 +178,8 @@ class Story:
             "", *first, "",
             f"x_n yields x_{{n+1}} = {self.word(h.x)}, drawn from the model's own p, where it has "
             f"{number(h.p_next)}.",
-            "Each column yields the token after its own place. LA_j stands in that of x_{n+j}, which",
-            "it has not seen. So it guesses the token after that:",
+            "Each column yields the token after its own place. LA_j stands in that of x_{n+j}, and",
+            "has not seen it. So it guesses the token after that:",
             f"{', '.join(guesses)}.", "",
             "Pass 2 runs x_{n+1} and the drafts, as if they were the text:", "", *second, ""]
         lines = [[(text, "told")] for text in plain]
