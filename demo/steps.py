@@ -54,6 +54,11 @@ class Draft:
     verdict: str = "not judged"
 
 
+def drawn(p: Tensor, u: float) -> int:
+    """A token of p (V,) by the random number u."""
+    return int(draw(p, torch.tensor(u, dtype=torch.float64)))
+
+
 def step(model: Llama, embeddings: Tensor, params: Params, x_n: int, cache: Cache, u: list[float]
          ) -> Happened:
     """One step of PaSS. embeddings (L,D): of the look-ahead tokens. The cache holds the text before
@@ -72,12 +77,12 @@ def step(model: Llama, embeddings: Tensor, params: Params, x_n: int, cache: Cach
     # x_n yields the next token, from the model itself. LA_j yields d_j, a guess of the token after
     # the one that will stand in its place.
     p = probs(logits[0], params)
-    x = int(draw(p, torch.tensor(u_next)))
+    x = drawn(p, u_next)
     happened = Happened(position, x_n, sees_1, float(p[x]), x, cache.mask(1 + L)[0])
     qs = []
     for j in range(L):
         q = probs(logits[1 + j], params)
-        token = int(draw(q, torch.tensor(u_draft[j])))
+        token = drawn(q, u_draft[j])
         happened.drafts.append(Draft(token, float(q[token])))
         qs.append(q)
 
@@ -101,7 +106,7 @@ def step(model: Llama, embeddings: Tensor, params: Params, x_n: int, cache: Cach
             break
     from_last = ps[L] if happened.residual is None else happened.residual
     happened.u_last = u_verify[L]
-    happened.last = int(draw(from_last, torch.tensor(u_verify[L])))
+    happened.last = drawn(from_last, u_verify[L])
 
     # x and the accepted drafts stay in the cache. `last` is x_n of the next step.
     cache.commit(1 + accepted)
@@ -297,6 +302,9 @@ def tell(args: Namespace) -> Iterator[list[Line]]:
                          f"that is shown here")
     prompt = tokenizer.encode(args.prompt)
     room = model.config.context - args.steps * (2 + len(lookahead.embeddings))
+    if room <= len(prompt):
+        raise InputError(f"{args.steps} steps after {len(prompt)} tokens are more than the model's "
+                         f"context of {model.config.context}: ask for fewer --steps")
     check_prompts([prompt], args.steps, model.config.vocab_size, room)
     story = Story(tokenizer, args.prompt)
     steps = walk(model, lookahead, params, prompt, args.steps, args.seed)

@@ -47,14 +47,14 @@ def modules(text):
         return
     for node in nodes:
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, []) for alias in node.names)
         if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-for name in modules(program):
-    if name.split(".")[0] in sys.stdlib_module_names:
+            yield node.module, [alias.name for alias in node.names]
+for name, parts in modules(program):
+    if name.split(".")[0] in sys.stdlib_module_names and "__main__" not in name:
         try:
-            __import__(name)
-        except Exception:
+            __import__(name, fromlist=parts)
+        except BaseException:
             pass
 os.chroot(".")  # an empty folder: from here on there are no files, and no more modules
 if libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()):
@@ -62,11 +62,14 @@ if libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()):
 os.write(2, b"shut in")
 os.dup2(quiet, 1)
 os.dup2(quiet, 2)
-exec(compile(program, "program", "exec"), {"__name__": "program"})
+try:
+    exec(compile(program, "program", "exec"), {"__name__": "program"})
+except BaseException:
+    os._exit(1)
 os._exit(42)
 """
 SHUT_IN = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child",
-           sys.executable, "-I", "-c"]
+           sys.executable, "-I", "-B", "-c"]  # -B: no .pyc files, which its limits would cut
 
 
 def ends_well(program: str, seconds: int = 10) -> bool:

@@ -1,5 +1,6 @@
 """Text to train on: files, which of them are held out, pieces of them."""
 import hashlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,11 @@ def split_files(paths: list[Path], suffix: str) -> tuple[list[Path], list[Path]]
         of = f" with suffix {suffix}" if suffix else ""
         raise InputError(f"--data has {len(found)} files{of}; at least 2 are needed, as one is "
                          f"held out")
-    hashed = sorted(sorted(found.values()), key=lambda f: hashlib.sha256(f.name.encode()).digest())
+
+    def by_hash(file):
+        return hashlib.sha256(os.fsencode(file.name)).digest()
+
+    hashed = sorted(sorted(found.values()), key=by_hash)
     tenth = max(1, len(hashed) // 10)
     return sorted(hashed[tenth:]), sorted(hashed[:tenth])
 

@@ -98,7 +98,7 @@ def write_file(path: Path, save: Callable[[Path], object]) -> None:
     temporary = None
     try:
         beside = None if special else target.parent
-        number, name = tempfile.mkstemp(dir=beside, prefix=f"{target.name}.")
+        number, name = tempfile.mkstemp(dir=beside, prefix=f"{target.name[:100]}.")
         os.close(number)
         temporary = Path(name)
         save(temporary)

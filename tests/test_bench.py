@@ -240,7 +240,9 @@ def test_pass_at_k_and_its_interval():
     ("print('passed'); assert False", False), ("import os\nos.mkdir('x')\nos.chroot('x')", False),
     ("for _ in range(10 ** 6): print('x' * 99)", True),
     ("import queue, cmath, json.decoder\nfrom dataclasses import dataclass\n@dataclass\n"
-     "class A:\n    x: int\nassert json.loads('1') == A(1).x and queue.Queue().empty()", True)])
+     "class A:\n    x: int\nassert json.loads('1') == A(1).x and queue.Queue().empty()", True),
+    ("from xml.etree import ElementTree\nif 0:\n import venv.__main__", True),
+    ("raise SystemExit(42)", False)])
 def test_programs_are_shut_in(program, ends_well):
     assert humaneval.ends_well(program, seconds=4) == ends_well
 
