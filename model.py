@@ -426,13 +426,12 @@ class Llama(nn.Module):
                         output = torch.empty_like(model.embedding)
                         copy_tensor(output, file, name, path)
                         continue
-                    if name not in missing and f"model.{name}" in missing:
-                        copy_tensor(missing.pop(f"model.{name}"), file, name, path)
-                        continue  # A base model has no prefix before its names.
-                    if name not in missing:
+                    # A base model has no prefix before its names.
+                    full = name if name in missing else f"model.{name}"
+                    if full not in missing:
                         raise InputError(f"{path}: tensor {name} does not belong to this model, or "
                                          f"comes twice")
-                    copy_tensor(missing.pop(name), file, name, path)
+                    copy_tensor(missing.pop(full), file, name, path)
         if output is not None and missing.pop("model.embed_tokens.weight", None) is not None:
             model.embedding.copy_(output)
         elif output is not None and not torch.equal(output, model.embedding):

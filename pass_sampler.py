@@ -278,7 +278,7 @@ LOOKAHEAD_FLAGS = {
 
 
 def lookahead_options(model: Llama, tokenizer: Tokenizer, lookahead: str = "mean",
-               length: int | None = None, **given) -> dict:
+                      length: int | None = None, **given) -> dict:
     """The options of a method that has a look-ahead."""
     return {"lookahead": load_lookahead(lookahead, model, length, tokenizer), **given}
 

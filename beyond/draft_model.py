@@ -61,7 +61,7 @@ def load_draft_model(folder: Path, model: Llama, tokenizer: Tokenizer) -> Llama:
 
 
 def draft_options(model: Llama, tokenizer: Tokenizer, draft_model: Path | None = None,
-                     **given) -> dict:
+                  **given) -> dict:
     """The options of the method."""
     if draft_model is not None:
         given["draft_model"] = load_draft_model(draft_model, model, tokenizer)
