@@ -1,5 +1,5 @@
-"""The loop that all methods share: where texts end, seeds, many prompts, statistics; and that a
-step is what a GPU can record: of fixed shapes, in place, without waiting for the device."""
+"""The loop that all methods share: where texts end, seeds, many prompts, figures; and that a GPU
+can record a step: its shapes are fixed, it writes in place, and it does not wait for the device."""
 import gc
 import itertools
 import re
@@ -17,7 +17,15 @@ from support.errors import InputError
 
 
 def run(llama, method, prompts, n, params, **more):
+    """`generate` with the options that the method needs."""
     return generate(llama, prompts, method, params, n, **options(method, llama), **more)
+
+
+def sampler(code, llama, method, settings, rows, context, parts=()):
+    """A Sampler with the options that its method needs."""
+    params = code.pass_sampler.Params(*settings)
+    words = options(method, llama, parts)
+    return code.pass_sampler.Sampler(llama, method, params, rows, context, **words)
 
 
 # ------------------------------------------ where texts end
@@ -60,8 +68,7 @@ def test_ended_rows(code=REAL):
     """A row that has ended commits nothing, whatever the others do."""
     llama = code.tiny(30, context=400)
     for method in METHODS:
-        words = options(method, llama)
-        s = code.pass_sampler.Sampler(llama, method, code.pass_sampler.Params(1), 2, 60, **words)
+        s = sampler(code, llama, method, (1,), 2, 60)
         s.generate([[1], [2]], 4)
         s.alive.copy_(torch.tensor([0, 1]))
         with torch.inference_mode():
@@ -78,15 +85,14 @@ def test_ended_rows(code=REAL):
 def test_seeds_and_many_prompts(method):
     """The same seed gives the same text, from a Sampler that has served other prompts too."""
     llama = tiny(30)
-    sampler = Sampler(llama, method, Params(1), 8, 40, **options(method, llama))
-    once = sampler.generate([[1, 2]] * 8, 12, 1)["tokens"]
-    assert len({tuple(row) for row in once}) == 8
-    assert sampler.generate([[1, 2]] * 8, 12, 2)["tokens"] != once
-    sampler.generate([[5, 6, 7, 8, 9, 10], [3]], 30, 3)
-    assert sampler.generate([[1, 2]] * 8, 12, 1)["tokens"] == once
-    words = options(method, llama)
-    assert generate(llama, [[1, 2]] * 8, method, Params(1), 12, 1, **words)["tokens"] == once
-    assert len(sampler.generate([[1, 2]], 12, 1)["tokens"]) == 1
+    s = sampler(REAL, llama, method, (1,), 8, 40)
+    prompts = [[1, 2]] * 8
+    texts = s.generate(prompts, 12, 1)["tokens"]
+    assert len({tuple(row) for row in texts}) == 8
+    assert s.generate(prompts, 12, 2)["tokens"] != texts
+    s.generate([[5, 6, 7, 8, 9, 10], [3]], 30, 3)
+    assert s.generate(prompts, 12, 1)["tokens"] == texts
+    assert run(llama, method, prompts, 12, Params(1), seed=1)["tokens"] == texts
 
 
 def test_long_prompts_are_prefilled_in_blocks(monkeypatch):
@@ -109,19 +115,19 @@ def test_streamed_tokens_are_the_result():
 def test_figures(code=REAL):
     """Counted again from which tokens were drafts. A step of `pass` is a token of the
     model's own, the drafts that were kept, and one more of its own."""
-    llama, params = code.tiny(30, context=300), code.pass_sampler.Params(1)
-    sampler = code.pass_sampler.Sampler(llama, "pass", params, 2, **options("pass", llama))
-    result = sampler.generate([[1], [2] * 100], 400)
-    lengths, counts, all_marks = [len(row) for row in result["tokens"]], [], []
+    s = sampler(code, code.tiny(30, context=300), "pass", (1,), 2, 300)
+    result = s.generate([[1], [2] * 100], 400)
+    lengths = [len(row) for row in result["tokens"]]
     assert lengths == [299, 200]
+    steps, counts = [], []
     for flags in result["from_draft"]:
         marks = "".join("d" if flag else "-" for flag in flags)
-        all_marks.append(marks)
-        counts += [step.count("d") for step in re.findall("-d*-?", marks)]
+        found = re.findall("-d*-?", marks)
+        steps.append(len(found))
+        counts += [step.count("d") for step in found]
     shares = [sum(count > i for count in counts) / len(counts) for i in range(3)]
     assert result["accepted_at_least"] == pytest.approx(shares, abs=1e-4)
     assert 0.05 < shares[0] < 0.95
-    steps = [sum(1 for _ in re.finditer("-d*-?", marks)) for marks in all_marks]
     assert result["steps"] == steps and result["passes"] == 2 * max(steps)
     assert result["tokens_per_pass"] == round(sum(lengths) / 2 / sum(steps), 4)
 
@@ -146,23 +152,19 @@ def test_memory(code=REAL):
 
 # ------------------------------------ what a GPU can record
 
-class Waits(Exception):
-    """A step asked for a value that a device may not have computed yet."""
-
-
 WAITS = {"item", "is_nonzero", "_local_scalar_dense", "nonzero", "masked_select"}
 
 
 class Record(TorchDispatchMode):
-    """Keeps the calls of operations. Raises Waits where one waits for the device."""
+    """Keeps the calls of operations, of which none may wait for the device."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__ in WAITS:
-            raise Waits
+        name = function.overloadpacket.__name__
+        assert name not in WAITS, f"a step waits for the device, by {name}"
         result = function(*args, **kwargs or {})
         self.calls.append((function, args, kwargs or {}, result))
         return result
@@ -200,49 +202,22 @@ def test_recordable(code=REAL):
     """Steps that are replayed write what steps that are run write: prompts of other lengths, a row
     that ends while others go on, a Sampler used twice. So their shapes are fixed, they wait for
     nothing, and what outlives them is written in place."""
+    prompts = [[1, 2], [3], [4] * 9]
     for method, settings in itertools.product(METHODS, [(0,), (1,), (0.9, 5, 0.9)]):
-        llama = code.tiny(30)
         texts = []
         for replay in (None, OnPaper()):
-            words = options(method, llama, parts=("memory", "head"))
-            s = code.pass_sampler.Sampler(
-                llama, method, code.pass_sampler.Params(*settings), 3, 60, **words)
+            s = sampler(code, code.tiny(30), method, settings, 3, 60, ("memory", "head"))
             s.replay = replay or s.replay
             for _, cache, _ in s.caches:
                 cache.reads_all = True  # as on a GPU
-            try:
-                made = [s.generate([[1, 2], [3], [4] * 9], 16, 1)["tokens"]]
-                stop = made[0][1][4]
-                made.append(s.generate([[1, 2], [3], [4] * 9], 16, 1, stop_tokens=[stop])["tokens"])
-                made.append(s.generate([[5] * 20, [6, 7]], 24, 2)["tokens"])
-            except Waits:
-                raise AssertionError(f"{method}: a step waits for the device") from None
+            made = [s.generate(prompts, 16, 1)["tokens"]]
+            stop = made[0][1][4]
+            made.append(s.generate(prompts, 16, 1, stop_tokens=[stop])["tokens"])
+            made.append(s.generate([[5] * 20, [6, 7]], 24, 2)["tokens"])
             texts.append(made)
         assert texts[0] == texts[1], (
             f"{method}, {settings}: replayed, a step writes another text: it rebinds what a graph "
             f"would not see, or decides in Python")
-
-
-class Count(TorchDispatchMode):
-    """Counts the operations outside of the model's passes that are no views: each is a kernel on a
-    GPU, and 5 to 10 microseconds of a step on a CPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.found += not function.is_view
-        return function(*args, **kwargs or {})
-
-    def outside(self, run):
-        """A model's `forward` that is not counted."""
-        def uncounted(*words, **more):
-            before = self.found
-            h = run(*words, **more)
-            self.found = before
-            return h
-        return uncounted
 
 
 @pytest.mark.parametrize("method, L, parts, most", [
@@ -250,7 +225,8 @@ class Count(TorchDispatchMode):
     ("fused", 1, ("memory", "head"), 68), ("fused", 3, ("memory", "head"), 94),
     ("tree", 3, ("memory", "head"), 151)])
 def test_the_work_of_a_step(method, L, parts, most, monkeypatch):
-    """It does not creep up. A count is no time, but does not drift either."""
+    """The operations outside of the model's passes that are no views: each is a kernel on a GPU,
+    and 5 to 10 microseconds of a step on a CPU. Their number does not creep up."""
     for temperature in (0, 1):
         llama = tiny(30, dtype=torch.float32)
         words = options(method, llama, parts)
@@ -262,71 +238,75 @@ def test_the_work_of_a_step(method, L, parts, most, monkeypatch):
         for _, cache, _ in s.caches:
             cache.reads_all = True
         s.generate([[1, 2]], 4)
-        with torch.inference_mode(), Count() as count:
-            monkeypatch.setattr(llama, "forward", count.outside(llama.forward))
+        forward, record = llama.forward, Record()
+
+        def unrecorded(*given, **more):
+            before = len(record.calls)
+            h = forward(*given, **more)
+            del record.calls[before:]
+            return h
+
+        monkeypatch.setattr(llama, "forward", unrecorded)
+        with torch.inference_mode(), record:
             s.next_step()
-        assert count.found <= most, f"{count.found} operations outside of the passes"
+        count = sum(not function.is_view for function, *_ in record.calls)
+        assert count <= most, f"{count} operations outside of the passes"
 
 
 # ------------------------------------------ what is refused
 
-@pytest.mark.parametrize("method, more, says", [
-    ("magic", {}, "there is no method 'magic', only autoregressive, pass, "),
-    ("autoregressive", {"lookahead": 1}, "lookahead has no effect on method autoregressive"),
-    ("pass", {"lookahead": 1, "tree": "0"}, "tree has no effect on method pass, which has: look"),
-    ("pass", {}, "pass needs a lookahead"),
-    ("fused", {"lookahead": None}, "fused needs a lookahead"),
-    ("draft-model", {}, "needs a draft_model")])
-def test_options_that_a_method_has_not(method, more, says):
+NO_STOPS = "stop_tokens must be a list of token ids from 0 to 29"
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"method": "magic"}, "there is no method 'magic', only autoregressive, pass, "),
+    ({"lookahead": 1}, "lookahead has no effect on method autoregressive"),
+    ({"method": "pass", "lookahead": 1, "tree": "0"}, "tree has no effect on method pass, which"),
+    ({"method": "pass"}, "pass needs a lookahead"),
+    ({"method": "fused", "lookahead": None}, "fused needs a lookahead"),
+    ({"method": "draft-model"}, "needs a draft_model"),
+    ({"prompts": []}, "at least one prompt"), ({"max_new_tokens": 0}, "one new token"),
+    ({"prompts": [1, 2]}, "list of lists"), ({"prompts": [[]]}, "prompt is empty"),
+    ({"prompts": [[1] * 64]}, "shorten the"), ({"prompts": [[1, 2.0]]}, "lists of token ids"),
+    ({"prompts": [[1, 30]]}, "tokens from 1 to 30"), ({"prompts": [[-1]]}, "tokens from -1"),
+    *[({"stop_tokens": stops}, NO_STOPS) for stops in (5, "5", ["5"], [30], [-1], [1.0], [None])],
+], ids=str)
+def test_what_is_refused(change, says):
+    """Options that a method has not, prompts that cannot be continued, ids that are none."""
+    words = {"prompts": [[1]], "method": "autoregressive"} | change
     with pytest.raises(InputError, match=says):
-        generate(tiny(30), [[1]], method, **more)
-
-
-@pytest.mark.parametrize("prompts, more, says", [
-    ([], {}, "at least one prompt"), ([[1]], {"max_new_tokens": 0}, "one new token"),
-    ([1, 2], {}, "list of lists"), ([[]], {}, "prompt is empty"), ([[1] * 64], {}, "shorten the"),
-    ([[1, 2.0]], {}, "lists of token ids"), ([[1, 30]], {}, "tokens from 1 to 30"),
-    ([[-1]], {}, "tokens from -1")])
-def test_prompts_that_cannot_be_continued(prompts, more, says):
-    with pytest.raises(InputError, match=says):
-        generate(tiny(30), prompts, "autoregressive", **more)
-
-
-@pytest.mark.parametrize("stop_tokens", [5, "5", ["5"], [30], [-1], [1.0], [None]])
-def test_stop_tokens_that_are_none(stop_tokens):
-    with pytest.raises(InputError, match="stop_tokens must be a list of token ids from 0 to 29"):
-        generate(tiny(30), [[1]], "autoregressive", stop_tokens=stop_tokens)
+        generate(tiny(30), **words)
 
 
 def test_stop_tokens():
     """They take the place of the model's, and none at all lets a text go on."""
     llama = tiny(30, stop=(7,))
-    text = generate(llama, [[1]], "autoregressive", Params(1), 60, stop_tokens=[])["tokens"][0]
+    end_at = lambda stops: run(llama, "autoregressive", [[1]], 60, Params(1), stop_tokens=stops)
+    text = end_at([])["tokens"][0]
     assert len(text) == 60
     for stop in (text[3], text[20]):
-        result = generate(llama, [[1]], "autoregressive", Params(1), 60, stop_tokens=[stop])
+        result = end_at([stop])
         end = text.index(stop) + 1
         assert result["tokens"][0] == text[:end] and result["stop_reason"] == ["stop"]
 
 
 def test_a_sampler_refuses_more_than_it_has_room_for():
-    sampler = Sampler(tiny(30), "autoregressive", rows=2, context=9)
+    s = Sampler(tiny(30), "autoregressive", rows=2, context=9)
     for prompts, says in (([[1]] * 3, "3 prompts for a Sampler of 2"), ([[1] * 9], "at most 9")):
         with pytest.raises(InputError, match=says):
-            sampler.generate(prompts)
+            s.generate(prompts)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_prompt_left_in_the_cache_does_not_reach_the_next(method):
     """Even numbers that are not finite, in all slots that it has used."""
-    llama = tiny(30, dtype=torch.float32)
-    sampler = Sampler(llama, method, Params(0), 2, 60, **options(method, llama))
-    expected = sampler.generate([[1, 2], [3]], 9)["tokens"]
-    sampler.generate([[4, 5] * 9, [6] * 20], 9)
-    for _, cache, columns in sampler.caches:
+    s = sampler(REAL, tiny(30, dtype=torch.float32), method, (0,), 2, 60)
+    expected = s.generate([[1, 2], [3]], 9)["tokens"]
+    s.generate([[4, 5] * 9, [6] * 20], 9)
+    for _, cache, columns in s.caches:
         cache.reads_all = True
         cache.kv[:, :, :, :, cache.first:][:, :, :, :, :max(cache.length) + columns] = torch.nan
-    assert sampler.generate([[1, 2], [3]], 9)["tokens"] == expected
+    assert s.generate([[1, 2], [3]], 9)["tokens"] == expected
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -345,7 +325,7 @@ def test_logits_that_are_not_finite_are_reported(method, temperature):
 def test_drafts_of_numbers_that_are_not_finite(method):
     """They are rejected, and the text is the model's."""
     llama = tiny(30, dtype=torch.float32)
-    plain = generate(llama, [[1, 2]], "autoregressive", max_new_tokens=9)["tokens"]
+    plain = run(llama, "autoregressive", [[1, 2]], 9, Params(0))["tokens"]
     words = options(method, llama, parts=("head",))
     spoilt = []
     if "draft_model" in words:
@@ -355,8 +335,7 @@ def test_drafts_of_numbers_that_are_not_finite(method):
     for part in spoilt:
         part.fill_(3e38)
         assert generate(llama, [[1, 2]], method, max_new_tokens=9, **words)["tokens"] == plain
-        sampled = generate(llama, [[1, 2]], method, Params(1), 9, **words)
-        assert len(sampled["tokens"][0]) == 9
+        assert len(generate(llama, [[1, 2]], method, Params(1), 9, **words)["tokens"][0]) == 9
 
 
 def test_freed(code=REAL):
