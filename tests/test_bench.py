@@ -1,5 +1,6 @@
-"""bench.py, results/humaneval.py: the tables have the rows that were asked for, and what is no
-time is right. Times are not asserted, but how they are put together is."""
+"""bench.py and results/humaneval.py: tables have the rows that were asked for, and what is no time
+is right. No time is asserted, but how times are put together is."""
+import itertools
 import json
 import shutil
 import socket
@@ -22,14 +23,14 @@ from support.tokenizer import Tokenizer
 # In a container it may be forbidden.
 SHUT_IN = (shutil.which("unshare")
            and subprocess.run([*humaneval.SHUT_IN, ""], capture_output=True).returncode == 0)
+needs_unshare = pytest.mark.skipif(not SHUT_IN, reason="needs the command unshare")
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
-    path, texts = tmp_path_factory.mktemp("prompts") / "prompts.json", {}
-    for kind in ("code", "prose"):
-        texts[kind] = [f"{i} lines of {kind} and more of them, {i} in all, that go on and on"
-                       for i in range(3)]
+    path = tmp_path_factory.mktemp("prompts") / "prompts.json"
+    text = "{} lines of {} and more of them, {} in all, that go on and on"
+    texts = {kind: [text.format(i, kind, i) for i in range(3)] for kind in ("code", "prose")}
     path.write_text(json.dumps(texts))
     return path
 
@@ -68,14 +69,14 @@ def test_all_take_turns_and_each_is_first():
     calls = []
 
     def function(name):
-        return lambda unit, turn: calls.append((name, unit, turn)) or len(calls)
+        return lambda unit, turn: calls.append((name, unit)) or len(calls)
 
     functions = {name: function(name) for name in "abc"}
     seconds = bench.interleaved(functions, ["x", "y"], 3, "test")
-    assert calls[:3] == [("a", "x", 0), ("b", "x", 0), ("c", "x", 0)]  # to warm up
+    assert calls[:3] == [("a", "x"), ("b", "x"), ("c", "x")]  # to warm up
     turns = [calls[i:i + 3] for i in range(3, len(calls), 3)]
-    assert [{unit for _, unit, _ in turn} for turn in turns] == [{"x"}, {"y"}] * 3
-    assert all(sorted(name for name, *_ in turn) == ["a", "b", "c"] for turn in turns)
+    assert [{unit for _, unit in turn} for turn in turns] == [{"x"}, {"y"}] * 3
+    assert all(sorted(name for name, _ in turn) == ["a", "b", "c"] for turn in turns)
     assert {turn[0][0] for turn in turns} == {"a", "b", "c"}
     assert seconds["a"].shape == (2, 3) and seconds["a"][0, 0] == 4
 
@@ -122,8 +123,7 @@ def test_acceptance(call):
     words = ["--count", 2, "--new-tokens", 12, "--temperatures", 0, 1, "--lookahead", "unk"]
     out, rows = call("acceptance", *words, "--positions", 0, 20)
     keys = [(r["text"], r["temperature"], r["first token at"], r["draft"]) for r in rows]
-    assert keys == [(kind, t, start, j) for kind in ("code", "prose") for t in (0, 1)
-                    for start in (0, 20) for j in (1, 2, 3, 4)]
+    assert keys == [*itertools.product(("code", "prose"), (0, 1), (0, 20), (1, 2, 3, 4))]
     for row in rows:
         shares = [row[f"one of {k}"] for k in range(1, 6)]
         assert 0 <= shares[0] and shares == sorted(shares) and shares[4] <= 1
@@ -133,9 +133,9 @@ def test_acceptance(call):
 
 def test_speed(call, folder, lookahead):
     methods = ["pass=2", f"pass:{lookahead}", "tree=0 1", "fused", "draft-model=3"]
-    out, rows = call("speed", "--kinds", "prose", "--count", 3, "--new-tokens", 8, "--methods",
+    out, rows = call("speed", "--kinds", "prose", "--count", 2, "--new-tokens", 8, "--methods",
                      *methods, "--draft-model", folder, "--temperatures", 0, 0.8,
-                     "--top-k", 0, 5, "--rows", 1, 2, "--rounds", 2)
+                     "--top-k", 0, 5, "--rows", 1, 2, "--rounds", 1)
     assert [row["method"] for row in rows] == ["autoregressive", *methods] * 8
     assert [row["rows"] for row in rows[::6]] == [1, 1, 1, 1, 2, 2, 2, 2]
     assert rows[0]["times as fast"] == rows[0]["tokens per pass"] == 1
@@ -157,18 +157,16 @@ def test_rows_side_by_side(call, monkeypatch):
     assert warm_up == [first, second] and len({first, second, third}) == 3 and again == first
 
 
-def test_length(call, lookahead):
+def test_length_and_memory(call, lookahead):
     """L as far as the file goes; trees as large as the columns allow, and no larger."""
-    out, rows = call("length", "--kinds", "code", "--count", 1, "--new-tokens", 6, "--rounds", 1,
-                     "--temperatures", 0, "--lookahead", lookahead, "--columns", 4, 12)
-    assert [row["method"] for row in rows] == [
-        "autoregressive", "pass=1", "pass=2", "fused=1", "fused=2", "tree=0", "tree=0 00 01",
-        rows[-1]["method"]]
-    assert rows[-1]["method"].startswith("tree=auto (")
-
-
-def test_memory(call, lookahead):
-    out, rows = call("memory", "--lookahead", lookahead, "--new-tokens", 8)
+    words = ["--lookahead", lookahead, "--new-tokens", 6]
+    out, rows = call("length", "--kinds", "code", "--count", 1, "--rounds", 1, "--temperatures", 0,
+                     "--columns", 4, 12, *words)
+    *methods, automatic = [row["method"] for row in rows]
+    assert methods == [
+        "autoregressive", "pass=1", "pass=2", "fused=1", "fused=2", "tree=0", "tree=0 00 01"]
+    assert automatic.startswith("tree=auto (")
+    out, rows = call("memory", *words)
     assert {row["part"]: row["parameters"] for row in rows[:2]}["embeddings"] == 32
     assert [row["method"] for row in rows[2:]] == ["autoregressive", "pass", "fused=1"]
 
@@ -231,23 +229,25 @@ def test_pass_at_k_and_its_interval():
     assert humaneval.chosen([0, 1], 164) == [0, 1]
 
 
-@pytest.mark.skipif(not SHUT_IN, reason="needs the command unshare")
-@pytest.mark.parametrize("program, ends_well", [
-    ("import math\nassert math.comb(4, 2) == 6", True), ("assert 1 + 1 == 3", False),
-    ("while True: pass", False), ("def f(:", False), ("x = ' ' * 2 ** 31", False),
-    ("open('/etc/passwd')", False), ("import os\nassert os.getpid() < 9", True),
-    ("open('/file', 'w').write('x' * 2 ** 20)", False), ("raise SystemExit(0)", False),
-    ("print('passed'); assert False", False), ("import os\nos.mkdir('x')\nos.chroot('x')", False),
-    ("for _ in range(10 ** 6): print('x' * 99)", True),
-    ("import queue, cmath, json.decoder\nfrom dataclasses import dataclass\n@dataclass\n"
-     "class A:\n    x: int\nassert json.loads('1') == A(1).x and queue.Queue().empty()", True),
-    ("from xml.etree import ElementTree\nif 0:\n import venv.__main__", True),
-    ("raise SystemExit(42)", False)])
-def test_programs_are_shut_in(program, ends_well):
-    assert humaneval.ends_well(program, seconds=4) == ends_well
+END_WELL = [
+    "import math\nassert math.comb(4, 2) == 6", "import os\nassert os.getpid() < 9",
+    "for _ in range(10 ** 6): print('x' * 99)",
+    "import queue, cmath, json.decoder\nfrom dataclasses import dataclass\n@dataclass\n"
+    "class A:\n    x: int\nassert json.loads('1') == A(1).x and queue.Queue().empty()",
+    "from xml.etree import ElementTree\nif 0:\n import venv.__main__"]
+DO_NOT = [
+    "assert 1 + 1 == 3", "while True: pass", "def f(:", "x = ' ' * 2 ** 31", "open('/etc/passwd')",
+    "open('/file', 'w').write('x' * 2 ** 20)", "raise SystemExit(0)", "raise SystemExit(42)",
+    "print('passed'); assert False", "import os\nos.mkdir('x')\nos.chroot('x')"]
 
 
-@pytest.mark.skipif(not SHUT_IN, reason="needs the command unshare")
+@needs_unshare
+@pytest.mark.parametrize("program", END_WELL + DO_NOT)
+def test_programs_are_shut_in(program):
+    assert humaneval.ends_well(program, seconds=4) == (program in END_WELL)
+
+
+@needs_unshare
 def test_programs_have_no_network():
     """A server that anyone on this machine can reach, but for a program that is shut in."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -257,7 +257,7 @@ def test_programs_have_no_network():
         assert not humaneval.ends_well(program)
 
 
-@pytest.mark.skipif(not SHUT_IN, reason="needs the command unshare")
+@needs_unshare
 def test_human_eval(folder, tmp_path, capsys, monkeypatch):
     """Two problems: one that every completion solves, one that none does."""
     test = {"test": "def check(x): assert x == 1", "entry_point": "x"}
@@ -267,10 +267,11 @@ def test_human_eval(folder, tmp_path, capsys, monkeypatch):
     # It is cut at one of the paper's five ends, and not at a bracket at the margin.
     text = " a comment\n(\n)\nprint(1 / 0)"
     monkeypatch.setattr(Tokenizer, "decode", lambda self, tokens: text)
+    out = tmp_path / "out"
     words = ["--model", folder, "--samples", 3, "--new-tokens", 4, "--temperatures", 1]
     assert "allow it with --execute" in run_main(humaneval, capsys, *words)[2]
-    code, out, err = run_main(humaneval, capsys, *words, "--execute", "--json", tmp_path / "out")
-    rows = json.loads((tmp_path / "out").read_text())["rows"]
+    run_main(humaneval, capsys, *words, "--execute", "--json", out)
+    rows = json.loads(out.read_text())["rows"]
     assert [(row["method"], row["pass@1 %"], row["p-value"]) for row in rows] == [
         ("autoregressive", 50, ""), ("pass", 50, 1), ("fused=1", 50, 1)]
 
@@ -278,18 +279,15 @@ def test_human_eval(folder, tmp_path, capsys, monkeypatch):
 # -------------------------------------------------- bad input
 
 @pytest.mark.parametrize("words, says", [
-    (["--methods", "magic"], "no method 'magic'"),
-    (["--methods", "pass=0 1"], "0 1 must be a number"),
-    (["--methods", "pass", "draft-model"], "need each other"),
-    (["--kinds", "verse"], "no such 'verse'"), (["--temperatures", "-1"], "temperature and"),
-    (["--methods", "autoregressive=2"], "length has no effect"),
-    (["--draft-model", "x"], "need each other"),
-    (["--count", "0"], "--count must be 1"), (["--rows", "2", "0"], "--rows must be 1"),
-    (["--json", "/nowhere/file"], "its folder must exist"),
-    (["--new-tokens", "999"], "more than the model's context"),
+    ("--methods magic", "no method 'magic'"), ("--methods pass=0,1", "0,1 must be a number"),
+    ("--methods pass draft-model", "need each other"), ("--draft-model x", "need each other"),
+    ("--methods autoregressive=2", "length has no effect"), ("--kinds verse", "no such 'verse'"),
+    ("--temperatures -1", "temperature and"), ("--count 0", "--count must be 1"),
+    ("--rows 2 0", "--rows must be 1"), ("--json /nowhere/file", "its folder must exist"),
+    ("--new-tokens 999", "more than the model's context"),
 ])
 def test_bad_input(words, says, call):
-    assert says in call("speed", *words, ok=False)
+    assert says in call("speed", *words.split(), ok=False)
 
 
 def test_positions_beyond_the_context(call):
@@ -297,9 +295,9 @@ def test_positions_beyond_the_context(call):
         assert "--positions must be 0 to" in call("acceptance", "--positions", position, ok=False)
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", '{"code": "text"}', '{"code": [1], "prose": []}',
-                                  '{"code": [], "prose": []}', "nonsense", "{}",
-                                  '{"code": ["\\ud800"], "prose": []}'])
+@pytest.mark.parametrize("text", [
+    "[1, 2]", '{"code": "text"}', '{"code": [1], "prose": []}', '{"code": [], "prose": []}',
+    "nonsense", "{}", '{"code": ["\\ud800"], "prose": []}'])
 def test_bad_prompts(text, call, tmp_path):
     (tmp_path / "bad.json").write_text(text)
     assert call("speed", "--prompts", tmp_path / "bad.json", ok=False)
