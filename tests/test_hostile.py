@@ -3,6 +3,7 @@ in a traceback, a text drawn from numbers that are not finite, or a file that is
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import struct
@@ -37,22 +38,21 @@ def refused(capsys, *words):
 # ------------------------------------------- arguments
 
 @pytest.mark.parametrize("words, says", [
-    (["--model", "nowhere"], "no model folder nowhere"),
-    (["--temperature", "nan"], "temperature and top-k must be"),
-    (["--temperature", "inf"], "temperature and top-k must be"),
-    (["--top-k", "-1"], "temperature and top-k must be"),
-    (["--top-k", "5"], "need a --temperature above 0"), (["--top-p", "0"], "top-p above 0"),
-    (["--samples", 10**8], "samples must be 1 to"), (["--length", 10**10], "length must be"),
-    (["--seed", 2**64], "seed must be"), (["--seed", -1], "seed must be"),
-    (["--device", "meta"], "device 'meta' cannot"), (["--device", "cuda:99"], "cannot be used"),
-    (["--method", "draft-model", "--draft-model", "nowhere"], "no model folder nowhere"),
-    (["--method", "tree", "--tree", "9" * 5000], "must be digits, and stand with"),
-    (["--method", "tree", "--tree", "0", "--draft-model", "x"], "draft_model has no effect"),
-    (["--method", "autoregressive", "--length", "3"], "length has no effect"),
-    (["--lookahead", "nowhere"], "cannot read nowhere"), (["--lookahead", ""], "is a folder"),
-])
+    ("--model nowhere", "no model folder nowhere"),
+    ("--temperature nan", "temperature and top-k must be"),
+    ("--temperature inf", "temperature and top-k must be"),
+    ("--top-k -1", "temperature and top-k must be"), ("--top-p 0", "top-p above 0"),
+    ("--top-k 5", "need a --temperature above 0"), (f"--samples {10**8}", "samples must be 1 to"),
+    (f"--length {10**10}", "length must be"), (f"--seed {2**64}", "seed must be"),
+    ("--seed -1", "seed must be"), ("--device meta", "device 'meta' cannot"),
+    ("--device cuda:99", "cannot be used"), ("--lookahead nowhere", "cannot read nowhere"),
+    ("--lookahead .", "is a folder"),
+    ("--method draft-model --draft-model nowhere", "no model folder nowhere"),
+    (f"--method tree --tree {'9' * 5000}", "must be digits, and stand with"),
+    ("--method tree --tree 0 --draft-model x", "draft_model has no effect"),
+    ("--method autoregressive --length 3", "length has no effect")])
 def test_bad_arguments(words, says, folder, capsys):
-    assert says in refused(capsys, "--model", folder, *words)
+    assert says in refused(capsys, "--model", folder, *words.split())
 
 
 # ----------------------------------------------- files
@@ -93,7 +93,6 @@ def test_bad_indices(index, copy, capsys):
     refused(capsys, "--model", copy)
 
 
-EMBEDDINGS = {"embeddings": torch.zeros(3, 16)}
 DAMAGED = [
     "{", "[]", '{"acceptance": 3}', '{"acceptance": {"x": {"by_rank": []}}}',
     '{"acceptance": {"0": {}}}']
@@ -102,16 +101,16 @@ for ranks in ("[]", '[["a"]]', "[[]]", "[[NaN]]", "[[-1]]"):
     DAMAGED.append(f'{{"acceptance": {{"0": {row}}}}}')
 
 
-@pytest.mark.parametrize("tensors, about, says", [
-    ({"embeddings": torch.zeros(3, 15)}, "{}", "finite floats of shape (any, 16)"),
-    ({"embeddings": torch.zeros(3, 16, dtype=torch.long)}, "{}", "finite floats"),
-    ({"embeddings": torch.full((3, 16), torch.nan)}, "{}", "finite floats"),
-    ({"weights": torch.zeros(3, 16)}, "{}", "no look-ahead file"),
-    ({"embeddings": torch.zeros(2, 16)}, "{}", "fewer than --length 3"),
-    (EMBEDDINGS, '{"model": "another"}', "trained for another model"),
-    *[(EMBEDDINGS, about, "metadata") for about in DAMAGED]])
-def test_bad_lookahead_files(tensors, about, says, folder, tmp_path, capsys):
-    write_tensors(tensors, tmp_path / "file", {"lookahead": about})
+@pytest.mark.parametrize("name, tensor, about, says", [
+    ("embeddings", torch.zeros(3, 15), "{}", "finite floats of shape (any, 16)"),
+    ("embeddings", torch.zeros(3, 16, dtype=torch.long), "{}", "finite floats"),
+    ("embeddings", torch.full((3, 16), torch.nan), "{}", "finite floats"),
+    ("weights", torch.zeros(3, 16), "{}", "no look-ahead file"),
+    ("embeddings", torch.zeros(2, 16), "{}", "fewer than --length 3"),
+    ("embeddings", torch.zeros(3, 16), '{"model": "another"}', "trained for another model"),
+    *[("embeddings", torch.zeros(3, 16), about, "metadata") for about in DAMAGED]])
+def test_bad_lookahead_files(name, tensor, about, says, folder, tmp_path, capsys):
+    write_tensors({name: tensor}, tmp_path / "file", {"lookahead": about})
     words = ["--model", folder, "--lookahead", tmp_path / "file", "--length", 3]
     assert says in refused(capsys, *words)
 
@@ -120,12 +119,10 @@ def test_bad_lookahead_files(tensors, about, says, folder, tmp_path, capsys):
 
 def test_prompts(folder, tmp_path, capsys):
     prompt = tmp_path / "prompt"
-    words = ["--model", folder, "--prompt-file", prompt]
-    bad = {b"": "prompt is empty", b"\xff\xfe\xfd": "cannot read the prompt",
-           b"x " * 100_000: "shorten the prompt"}
-    for content, says in bad.items():
+    for content, says in ((b"", "prompt is empty"), (b"\xff\xfe\xfd", "cannot read the prompt"),
+                          (b"x " * 100_000, "shorten the prompt")):
         prompt.write_bytes(content)
-        assert says in refused(capsys, *words)
+        assert says in refused(capsys, "--model", folder, "--prompt-file", prompt)
     assert "cannot read the prompt" in refused(capsys, "--model", folder, "--prompt-file", tmp_path)
 
 
@@ -139,25 +136,23 @@ def test_full_disk(folder, data, tmp_path):
     """A limit on the size of files stands for a full disk; /dev/full is one."""
     training = script("train_lookahead.py", "--model", folder, "--data", data, "--steps", 1,
                       "--length", 60, "--out", tmp_path / "out")
-    command = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", *training]
-    limited = subprocess.run(command, capture_output=True, text=True)
-    assert limited.returncode == 2, limited.stderr
-    assert limited.stderr.splitlines()[-1].startswith("error: cannot write"), limited.stderr
+    writing = script("pass_sampler.py", "--model", folder, "--max-new-tokens", 4)
+    for command, says in (("ulimit -f 1; " + shlex.join(training), "error: cannot write"),
+                          (shlex.join(writing) + " > /dev/full", "error: [Errno 28]")):
+        ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+        assert ended.stderr.splitlines()[-1].startswith(says), ended.stderr
     assert list(tmp_path.iterdir()) == []
-    command = script("pass_sampler.py", "--model", folder, "--max-new-tokens", 4)
-    with open("/dev/full", "w") as full:
-        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: ")
 
 
 def test_only_a_lack_of_memory_is_called_one():
-    for said in ("CUDA out of memory. Tried to allocate 9 GiB",
-                 "Storage size calculation overflowed",
-                 "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"):
-        assert errors.MEMORY.search(said)
-    for said in ("an illegal memory access was encountered", "refers to a single memory location"):
-        assert not errors.MEMORY.search(said)
+    for said, lack in (("CUDA out of memory. Tried to allocate 9 GiB", True),
+                       ("Storage size calculation overflowed", True),
+                       ("DefaultCPUAllocator: can't allocate memory", True),
+                       ("CUBLAS_STATUS_ALLOC_FAILED", True),
+                       ("an illegal memory access was encountered", False),
+                       ("refers to a single memory location", False)):
+        assert bool(errors.MEMORY.search(said)) == lack
 
 
 def test_read_only_folder(tmp_path, monkeypatch):
@@ -185,41 +180,42 @@ def test_interrupted(folder, data, tmp_path):
 
 
 def test_a_file_keeps_its_mode_and_what_stands_beside_it(tmp_path):
+    """A new file has the mode that any new file has."""
     path, theirs = tmp_path / "F.json", tmp_path / "F.json.tmp"
-    path.write_text("old")
+    (tmp_path / "ordinary").touch()
+    write_text(path, "old")
+    assert path.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
     theirs.write_text("somebody else's")
     path.chmod(0o640)
     write_text(path, "ü")
     assert path.read_bytes() == "ü".encode() and path.stat().st_mode & 0o777 == 0o640
-    assert theirs.read_text() == "somebody else's" and len([*tmp_path.iterdir()]) == 2
+    assert theirs.read_text() == "somebody else's" and len([*tmp_path.iterdir()]) == 3
 
 
 def test_control_characters_are_shown_and_not_obeyed():
     assert visible("a\tb\n\x1b[31m\x7f\x9b") == "a\tb\n\u241b[31m\ufffd\ufffd"
 
 
-@pytest.mark.parametrize("variables, colour", [
-    ({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
-def test_conventions_of_terminals(variables, colour, monkeypatch):
+@pytest.mark.parametrize("no_color, term, colour", [
+    ("", "xterm", True), ("1", "xterm", False), ("", "dumb", False)])
+def test_conventions_of_terminals(no_color, term, colour, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    for name in ("NO_COLOR", "TERM"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", term)
     assert has_colour() == colour
 
 
 def test_a_prompt_that_is_piped_in_late(folder):
     """It is the prompt, and no other is; nothing piped in is refused."""
-    words = ["--model", folder, "--max-new-tokens", 4, "--json"]
-    command = " ".join(script("pass_sampler.py", *words))
-    texts = []
-    for source in ("printf ab", "(sleep 1; printf ab)"):
-        texts.append(subprocess.run(f"{source} | {command}", shell=True, capture_output=True))
-    tokens = [json.loads(text.stdout)["tokens"] for text in texts]
-    assert tokens[0] == tokens[1]
-    nothing = subprocess.run(f"true | {command}", shell=True, capture_output=True, text=True)
-    assert nothing.returncode == 2 and "the prompt is empty" in nothing.stderr
+    command = shlex.join(script("pass_sampler.py", "--model", folder, "--json",
+                                "--max-new-tokens", 4))
+    said = []
+    for source in ("printf ab", "(sleep 1; printf ab)", "true"):
+        said.append(subprocess.run(
+            f"{source} | {command}", shell=True, capture_output=True, text=True))
+    early, late = (json.loads(ended.stdout)["tokens"] for ended in said[:2])
+    assert early == late
+    assert said[2].returncode == 2 and "the prompt is empty" in said[2].stderr
 
 
 def test_the_home_folder(folder, capsys, monkeypatch):
