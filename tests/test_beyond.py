@@ -46,7 +46,7 @@ def first_token(code, p, q, candidates, twelfths, sixtieths):
     accept) or 1/60 (the last draw). An order that runs out of tokens with q > 0 goes on with
     others, at q = 0."""
     V, total = len(p), 0
-    shape = code.tree.Shape(" ".join(str(k) for k in range(candidates)), "cpu")
+    shape = code.tree.Shape(" ".join("012"[:candidates]), "cpu")
     u = torch.cartesian_prod(sixtieths, *[twelfths] * candidates).view(-1, 1 + candidates)
     for order in itertools.permutations(range(V), candidates):
         weight, left, qs = 1.0, q.clone(), [torch.zeros(V, dtype=q.dtype)]
@@ -82,15 +82,18 @@ def test_rule_for_trees(code=REAL):
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0], dtype=torch.float64)
 
 
-def siblings(code, width, params, rows, seed=0):
-    """Candidates of one node from LOGITS, (rows,width), and their q."""
-    llama = code.tiny(5, seed=1)
-    shape = code.tree.Shape(" ".join(str(k) for k in range(width)), "cpu")
+TRIPLES = 20_000
+
+
+def siblings(code, seed):
+    """Three candidates of one node from LOGITS, (TRIPLES,3), and their q."""
+    llama, params = code.tiny(5, seed=1), code.pass_sampler.Params(0.7)
+    shape = code.tree.Shape("0 1 2", "cpu")
     lookahead = code.random_lookahead(llama, 1, ()).ready(llama)
-    s = code.pass_sampler.Sampler(llama, "autoregressive", params, rows, 20)
+    s = code.pass_sampler.Sampler(llama, "autoregressive", params, TRIPLES, 20)
     group = code.fused.Group(s, code.fused.Layout([[0]], lookahead))
     group.logits.copy_(LOGITS)
-    u = torch.rand(rows, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    u = torch.rand(TRIPLES, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     tokens, q = code.tree.grow(shape, s, lookahead, group, u)
     return tokens[:, 1:], q[:, 1:]
 
@@ -107,8 +110,8 @@ def exact_siblings():
 def siblings_p_value(code, seed=0):
     """Null hypothesis: 20,000 triples of siblings are draws without replacement from q. Their q is
     as stated. test_power_for_siblings has the power."""
-    drawn, q = siblings(code, 3, code.pass_sampler.Params(0.7), 20_000, seed)
-    expected = probs(LOGITS, Params(0.7)).expand(20_000, 5)
+    drawn, q = siblings(code, seed)
+    expected = probs(LOGITS, Params(0.7)).expand(TRIPLES, 5)
     for k in range(3):
         torch.testing.assert_close(q[:, k], expected, msg="q is not what is left for this sibling")
         expected = expected.scatter(1, drawn[:, k:k + 1], 0)
@@ -122,7 +125,7 @@ def test_siblings(code=REAL):
 
 
 def test_power_for_siblings():
-    check_power(exact_siblings(), 20_000, 0.04)
+    check_power(exact_siblings(), TRIPLES, 0.04)
 
 
 # ---------------------------------------------- whole texts

@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 
-import pytest
 from common import ROOT, run_main, sentencepiece
 
 import pass_sampler
@@ -84,12 +83,11 @@ def test_ways_to_give_a_prompt(folder, tmp_path, capsys):
     assert len({str(json.loads(output)["tokens"]) for output in outputs}) == 1
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
-def test_text_that_the_terminal_cannot_show(encoding, folder, tmp_path):
+def test_text_that_the_terminal_cannot_show(folder, tmp_path):
     (tmp_path / "prompt").write_bytes("\u65e5\u672c \u2014 text".encode())
     command = [sys.executable, ROOT / "pass_sampler.py", "--model", folder, "--prompt-file",
                tmp_path / "prompt", "--max-new-tokens", "9", "--temperature", "5"]
-    result = subprocess.run(command, capture_output=True, env={"PYTHONIOENCODING": encoding})
+    result = subprocess.run(command, capture_output=True, env={"PYTHONIOENCODING": "cp1252"})
     assert result.returncode == 0 and b"9 tokens" in result.stderr, result.stderr
 
 

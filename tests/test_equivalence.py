@@ -9,13 +9,13 @@
 What is beyond the paper is held to the same in tests/test_beyond.py.
 """
 import itertools
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from functools import cache
 
 import naive
 import pytest
 import torch
-from common import ALPHA, REAL, check_power, options, options_of, p_value, random_lookahead, tiny
+from common import ALPHA, REAL, check_power, options, options_of, p_value, tiny
 from exact import check_exact
 
 from pass_sampler import METHODS, Params, Sampler, generate
@@ -80,8 +80,7 @@ def test_rule(code=REAL):
                     worst = (off, f"in the place {where}, after {list(before)}, the output is "
                              f"distributed as {share}, but the target is p = {p[i].tolist()} (all "
                              f"p: {p.tolist()}, all q: {q.tolist()})")
-    if worst[1]:
-        raise AssertionError(f"{worst[1]}: the rejection rule of Leviathan et al. is broken")
+    assert not worst[1], f"{worst[1]}: the rejection rule of Leviathan et al. is broken"
 
 
 def test_zeros(code=REAL):
@@ -130,7 +129,7 @@ def test_probs(code=REAL):
     *[("autoregressive", 0, some, 3) for some in SETTINGS],
     *[("pass", L, some, 1) for L in (1, 2) for some in SETTINGS],
     # The second step finds what the first left: cache, x, and nothing of what was rejected.
-    ("pass", 1, (1.0,), 2), ("pass", 2, (1.0, 2), 2)], ids=str)
+    ("pass", 2, (1.0, 2), 2)], ids=str)
 def test_steps(method, L, settings, steps):
     check_exact(REAL, method, settings, shape=L, steps=steps)
 
@@ -142,46 +141,27 @@ def test_every_method_is_exact(method):
     check_exact(REAL, method, (1.0,), ("memory", "head"), shape, steps=2)
 
 
-def test_random_lookaheads_are_of_use():
-    """The checks above would be idle if drafts were never, or always, accepted."""
-    model = tiny(3, seed=3)
-    judge = naive.Model(model, random_lookahead(model, 2))
-    shares = []
-    for x in range(3):
-        p = naive.probs(judge.next_logits([2, 0, 1, x]))
-        q = naive.probs(judge.draft_logits([2, 0, 1], [x]))
-        shares.append(sum(map(min, p, q)))
-    assert sum(0.1 < share < 0.9 for share in shares) >= 2, shares
-
-
-def test_every_parameter_is_tried():
-    """In SETTINGS, at a value that is not its default."""
-    for name, default in asdict(Params(1)).items():
-        tried = [getattr(Params(*settings), name) for settings in SETTINGS]
-        assert any(value != default for value in tried), name
-
-
 # ----------------- 3. whole texts, with real random numbers
 
 PROMPTS = [[1], [2, 3, 1], [0, 1, 2, 3, 3, 1, 2]]
-ROWS, BATCHES, SINGLE = 300, 20, 800  # 6,000 texts per test, a third after each prompt
+ROWS, BATCHES = 300, 20  # 6,000 texts per test, a third after each prompt
 
 
 @cache
 def exact_texts(prompt, params, n):
-    """{text: probability} of the texts of n tokens, or fewer with a stop token at the end, after a
+    """{text: probability} of the texts of n tokens, fewer with a stop token at the end, after a
     prompt, by the chain rule and the naive model."""
     judge, texts = naive.Model(tiny(4, seed=3)), {(): 1.0}
     for _ in range(n):
         longer = {}
         for text, probability in texts.items():
-            if text and text[-1] == 0:
+            if text[-1:] == (0,):
                 longer[text] = probability
                 continue
             p = naive.probs(judge.next_logits([*prompt, *text]), *astuple(params))
             for token, share in enumerate(p):
                 if share:
-                    longer[text + (token,)] = probability * share
+                    longer[*text, token] = probability * share
         texts = longer
     return texts
 
@@ -215,33 +195,18 @@ def test_ragged_batches_follow_the_model(method, params):
     check_joint(REAL, method, params)
 
 
-def single_p_value(method, first=0):
-    """Batch of one, 800 seeds. Null hypothesis: texts of 3 tokens are draws from the model."""
-    llama, params = tiny(4, seed=3, stop=(0,)), Params(0.8, 3)
-    sampler = Sampler(llama, method, params, 1, 20, **options(method, llama))
-    texts = [sampler.generate([[2, 3, 1]], 3, seed)["tokens"][0]
-             for seed in range(first, first + SINGLE)]
-    return p_value(texts, exact_texts((2, 3, 1), params, 3))
-
-
-@pytest.mark.parametrize("method", ["autoregressive", "pass"])
-def test_single_rows_follow_the_model(method):
-    assert single_p_value(method) > ALPHA
-
-
-@pytest.mark.parametrize("n, length, params, shift", [
-    (2000, 5, Params(1), 0.14), (2000, 5, Params(0.7, 3, 0.8), 0.12), (1000, 5, Params(1), 0.2),
-    (SINGLE, 3, Params(0.8, 3), 0.16)], ids=str)
-def test_power(n, length, params, shift):
+@pytest.mark.parametrize("n, params, shift", [
+    (2000, Params(1), 0.14), (2000, Params(0.7, 3, 0.8), 0.12), (1000, Params(1), 0.2)], ids=str)
+def test_power(n, params, shift):
     """The smallest deviation, in total variation, that these tests find with a power of 99 %."""
-    check_power(exact_texts(tuple(PROMPTS[1]), params, length), n, shift)
+    check_power(exact_texts(tuple(PROMPTS[1]), params, 5), n, shift)
 
 
 @pytest.mark.parametrize("method", [*METHODS][1:])
 def test_greedy_texts_are_those_of_plain_decoding(method):
     """float32: 30 prompts of 1 to 30 tokens, as one ragged batch, and one by one."""
-    llama, generator = tiny(30, dtype=torch.float32, context=256, stop=(7,)), torch.Generator()
-    generator.manual_seed(0)
+    llama = tiny(30, dtype=torch.float32, context=256, stop=(7,))
+    generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(30, (1 + i,), generator=generator).tolist() for i in range(30)]
     expected = generate(llama, prompts, "autoregressive", max_new_tokens=40)["tokens"]
     assert len({len(text) for text in expected}) > 3  # some stop early
@@ -249,4 +214,5 @@ def test_greedy_texts_are_those_of_plain_decoding(method):
         words = options(method, llama, parts=parts)
         assert generate(llama, prompts, method, max_new_tokens=40, **words)["tokens"] == expected
         sampler = Sampler(llama, method, Params(0), 1, 100, **words)
-        assert [sampler.generate([p], 40)["tokens"][0] for p in prompts[::3]] == expected[::3]
+        alone = [sampler.generate([prompt], 40)["tokens"][0] for prompt in prompts[::3]]
+        assert alone == expected[::3]

@@ -205,17 +205,16 @@ def test_conventions_of_terminals(no_color, term, colour, monkeypatch):
     assert has_colour() == colour
 
 
-def test_a_prompt_that_is_piped_in_late(folder):
+def test_a_prompt_that_is_piped_in_late(folder, capsys):
     """It is the prompt, and no other is; nothing piped in is refused."""
-    command = shlex.join(script("pass_sampler.py", "--model", folder, "--json",
-                                "--max-new-tokens", 4))
-    said = []
-    for source in ("printf ab", "(sleep 1; printf ab)", "true"):
-        said.append(subprocess.run(
-            f"{source} | {command}", shell=True, capture_output=True, text=True))
-    early, late = (json.loads(ended.stdout)["tokens"] for ended in said[:2])
-    assert early == late
-    assert said[2].returncode == 2 and "the prompt is empty" in said[2].stderr
+    words = ["--model", folder, "--max-new-tokens", 4, "--json"]
+    command = shlex.join(script("pass_sampler.py", *words))
+    late, nothing = [
+        subprocess.run(f"{source} | {command}", shell=True, capture_output=True, text=True)
+        for source in ("(sleep 1; printf ab)", "true")]
+    _, given, _ = run_main(pass_sampler, capsys, *words, "--prompt", "ab")
+    assert json.loads(late.stdout)["tokens"] == json.loads(given)["tokens"]
+    assert nothing.returncode == 2 and "the prompt is empty" in nothing.stderr
 
 
 def test_the_home_folder(folder, capsys, monkeypatch):
