@@ -5,6 +5,8 @@ import importlib.util
 import inspect
 import io
 import json
+import shlex
+import subprocess
 import sys
 import types
 from functools import partial
@@ -249,6 +251,21 @@ def run_main(script, capsys, *words):
     except SystemExit as end:
         code = end.code
     return code, *capsys.readouterr()
+
+
+def command(script, *words):
+    """The command line of a script, for a shell."""
+    return shlex.join([sys.executable, str(ROOT / script), *map(str, words)])
+
+
+def run_shells(*lines):
+    """Run command lines side by side. Returns (exit code, stdout, stderr) of each."""
+    started = []
+    for line in lines:
+        started.append(subprocess.Popen(line, shell=True, text=True, errors="replace",
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    outputs = [process.communicate() for process in started]
+    return [(process.returncode, *output) for process, output in zip(started, outputs)]
 
 
 # Last: they are imported under the names that `planted` replaces.

@@ -1,10 +1,9 @@
 """The command line: what it reads, and what it prints. Bad input is in test_hostile.py."""
 import json
 import shutil
-import subprocess
 import sys
 
-from common import ROOT, run_main, sentencepiece
+from common import command, run_main, run_shells, sentencepiece
 
 import pass_sampler
 
@@ -76,30 +75,22 @@ def test_ways_to_give_a_prompt(folder, tmp_path, capsys):
     for mark in (b"", b"\xef\xbb\xbf"):
         (tmp_path / "prompt").write_bytes(mark + b"import os")
         outputs.append(call(capsys, *words, "--prompt-file", tmp_path / "prompt")[1])
-    for more in ([], ["-"]):
-        command = [sys.executable, ROOT / "pass_sampler.py", *words, *more]
-        piped = subprocess.run(command, input=b"import os", capture_output=True, check=True)
-        outputs.append(piped.stdout)
+    line = command("pass_sampler.py", *words)
+    for _, out, _ in run_shells(f"printf 'import os' | {line}", f"printf 'import os' | {line} -"):
+        outputs.append(out)
     assert len({str(json.loads(output)["tokens"]) for output in outputs}) == 1
 
 
-def test_text_that_the_terminal_cannot_show(folder, tmp_path):
+def test_streams_that_cannot_be_written(folder, tmp_path):
+    """Text that the terminal cannot show does no harm; a reader that leaves ends the program
+    quietly; a stream that is closed ends it in one line."""
     (tmp_path / "prompt").write_bytes("\u65e5\u672c \u2014 text".encode())
-    command = [sys.executable, ROOT / "pass_sampler.py", "--model", folder, "--prompt-file",
-               tmp_path / "prompt", "--max-new-tokens", "9", "--temperature", "5"]
-    result = subprocess.run(command, capture_output=True, env={"PYTHONIOENCODING": "cp1252"})
-    assert result.returncode == 0 and b"9 tokens" in result.stderr, result.stderr
-
-
-def test_streams_that_are_closed(folder):
-    script = (f"{sys.executable} {ROOT / 'pass_sampler.py'} --model {folder} --samples 3 "
-              "--max-new-tokens 50")
-
-    def shell(end):
-        return subprocess.run(f"{script} {end}", shell=True, capture_output=True, text=True)
-
-    closed = shell("| head -c 1 > /dev/null")
-    assert closed.stderr.count("\n") <= 1 and "rror" not in closed.stderr
-    for end in (">&-", "- <&-"):
-        closed = shell(end)
-        assert closed.returncode == 2 and "Traceback" not in closed.stderr
+    line = command("pass_sampler.py", "--model", folder, "--prompt-file", tmp_path / "prompt",
+                   "--max-new-tokens", 50, "--temperature", 5)
+    shown, left, *closed = run_shells(
+        f"PYTHONIOENCODING=cp1252 {line}", f"{line} --samples 3 | head -c 1 > /dev/null",
+        f"{line} >&-", f"{command('pass_sampler.py', '--model', folder)} - <&-")
+    assert shown[0] == 0 and "50 tokens" in shown[2], shown
+    assert left[2].count("\n") <= 1 and "rror" not in left[2]
+    for code, _, err in closed:
+        assert code == 2 and "Traceback" not in err

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from common import ROOT, run_main
+from common import command, run_main, run_shells
 from safetensors.torch import load_file
 
 import pass_sampler
@@ -128,20 +128,15 @@ def test_prompts(folder, tmp_path, capsys):
 
 # --------------------------------- outputs and interruption
 
-def script(name, *words):
-    return [sys.executable, str(ROOT / name), *map(str, words)]
-
-
 def test_full_disk(folder, data, tmp_path):
     """A limit on the size of files stands for a full disk; /dev/full is one."""
-    training = script("train_lookahead.py", "--model", folder, "--data", data, "--steps", 1,
-                      "--length", 60, "--out", tmp_path / "out")
-    writing = script("pass_sampler.py", "--model", folder, "--max-new-tokens", 4)
-    for command, says in (("ulimit -f 1; " + shlex.join(training), "error: cannot write"),
-                          (shlex.join(writing) + " > /dev/full", "error: [Errno 28]")):
-        ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-        assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
-        assert ended.stderr.splitlines()[-1].startswith(says), ended.stderr
+    training = command("train_lookahead.py", "--model", folder, "--data", data, "--steps", 1,
+                       "--length", 60, "--out", tmp_path / "out")
+    writing = command("pass_sampler.py", "--model", folder, "--max-new-tokens", 4)
+    ended = run_shells(f"ulimit -f 1; {training}", f"{writing} > /dev/full")
+    for (code, _, err), says in zip(ended, ("error: cannot write", "error: [Errno 28]")):
+        assert code == 2 and "Traceback" not in err, err
+        assert err.splitlines()[-1].startswith(says), err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -164,9 +159,10 @@ def test_read_only_folder(tmp_path, monkeypatch):
 
 def test_interrupted(folder, data, tmp_path):
     """Ctrl-C, once there is something to see: exit code 130, no traceback, no output file."""
-    words = ["--model", folder, "--data", data, "--out", tmp_path / "out"]
+    training = command("train_lookahead.py", "--model", folder, "--data", data, "--out",
+                       tmp_path / "out")
     process = subprocess.Popen(  # nohup would have it ignore Ctrl-C
-        script("train_lookahead.py", *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        shlex.split(training), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     while b"step 0" not in process.stderr.readline():
         assert process.poll() is None
@@ -208,13 +204,12 @@ def test_conventions_of_terminals(no_color, term, colour, monkeypatch):
 def test_a_prompt_that_is_piped_in_late(folder, capsys):
     """It is the prompt, and no other is; nothing piped in is refused."""
     words = ["--model", folder, "--max-new-tokens", 4, "--json"]
-    command = shlex.join(script("pass_sampler.py", *words))
-    late, nothing = [
-        subprocess.run(f"{source} | {command}", shell=True, capture_output=True, text=True)
-        for source in ("(sleep 1; printf ab)", "true")]
+    line = command("pass_sampler.py", *words)
+    (_, late, _), (code, _, err) = run_shells(
+        f"(sleep 1; printf ab) | {line}", f"true | {line}")
     _, given, _ = run_main(pass_sampler, capsys, *words, "--prompt", "ab")
-    assert json.loads(late.stdout)["tokens"] == json.loads(given)["tokens"]
-    assert nothing.returncode == 2 and "the prompt is empty" in nothing.stderr
+    assert json.loads(late)["tokens"] == json.loads(given)["tokens"]
+    assert code == 2 and "the prompt is empty" in err
 
 
 def test_the_home_folder(folder, capsys, monkeypatch):
