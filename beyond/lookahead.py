@@ -36,12 +36,21 @@ class MemoryCache(Cache):
         """memory (layers,2,R,K,E). Gradients flow to it. All else is that of `cache`, shared."""
         vars(self).update(vars(cache))
         rows = cache.kv.shape[2]
-        memory = memory.transpose(2, 3)[:, :, None]  # (layers,2,1,K,R,E)
-        self.kv = torch.cat([memory.expand(-1, -1, rows, -1, -1, -1), cache.kv], 4)
-        self.first = memory.shape[4]
+        self.memory = memory.transpose(2, 3)[:, :, None]  # (layers,2,1,K,R,E)
+        self.first = memory.shape[2]
+        shown = self.memory.detach().expand(-1, -1, rows, -1, -1, -1)
+        self.kv = torch.cat([shown, cache.kv], 4)
         # As slots that no text will ever reach, it is hidden like all that are not used yet.
         nowhere = torch.full((self.first,), 2**62, device=cache.place.device)
         self.place = torch.cat([nowhere, cache.place])
+
+    def write(self, layer: int, kv: Tensor, slots: Tensor, S: int) -> tuple[Tensor, Tensor]:
+        """As in Cache. Gradients flow to the memory layer by layer: those of all of `kv`, made in
+        each layer anew, took half the time of training SmolLM2."""
+        keys, values = super().write(layer, kv, slots, S)
+        if self.memory.requires_grad:
+            keys[:, :, :self.first], values[:, :, :self.first] = self.memory[layer]
+        return keys, values
 
 
 def block_mask(cache: Cache, tokens: int, T: int, pattern: Tensor | None = None) -> Tensor:
