@@ -12,11 +12,15 @@ FEW = --temperatures 0 --methods pass=3 fused=1
 
 demo: $(VENV)/ready  ## PaSS on the model in demo/model, then its speed against plain decoding
 	$(RUN) $(OWN) --prompt "class Reader:"
-	$(BENCH) speed $(OWN) $(PROMPTS) --count 10 $(FEW)
+	$(BENCH) speed $(OWN) $(PROMPTS) $(FEW)
 
 smollm2: models/smollm2/model.safetensors  ## the same on a real LLaMA, made from a wheel
 	$(RUN) $(SMOLLM2) --length 3 --prompt "import unittest"
-	$(BENCH) speed $(SMOLLM2) --kinds code --count 5 $(FEW)
+	$(BENCH) speed $(SMOLLM2) --kinds code --count 20 $(FEW)
+
+chat: models/smollm2/model.safetensors  ## ask SmolLM2, an instruct model, a question
+	$(RUN) $(SMOLLM2) --method fused --length 1 --chat --prompt "Why is the sky blue?"
+	$(BENCH) speed $(SMOLLM2) --chat --prompts demo/messages.json --methods fused=1 --temperatures 0
 
 steps: $(VENV)/ready  ## watch PaSS: a few steps, with all numbers
 	$(IN) demo/steps.py --seed 20
@@ -42,8 +46,8 @@ soak: $(VENV)/ready  ## the statistical tests with fresh seeds, for so many MINU
 OUT = results
 measure = mkdir -p $(OUT); $(IN) $(2) --json $(OUT)/$(1).json
 PAPER = pass:unk pass:demo/smollm2-paper.safetensors
-SPEED = bench.py speed $(SMOLLM2) --count 6 --temperatures 0 1 \
-	--methods $(PAPER) pass=3 pass fused=1 "tree=0 1"
+SPEED = bench.py speed $(SMOLLM2) --temperatures 0 1 --methods \
+	$(PAPER) pass=3 pass fused=1 "tree=0 1"
 QUALITY = results/quality.py $(SMOLLM2) --count 20 --samples 24
 
 bench: $(VENV)/bench models/smollm2/model.safetensors  ## the main tables: half an hour
@@ -51,12 +55,11 @@ bench: $(VENV)/bench models/smollm2/model.safetensors  ## the main tables: half 
 	$(call measure,demo-cost,bench.py cost --model demo/model)
 	$(call measure,smollm2-acceptance,bench.py acceptance $(SMOLLM2) --count 10 --positions 0 900 2900)
 	$(call measure,smollm2-speed,$(SPEED))
-	$(call measure,demo-speed,bench.py speed $(OWN) $(PROMPTS) --count 6 \
+	$(call measure,demo-speed,bench.py speed $(OWN) $(PROMPTS) \
 		--methods pass:demo/model/paper.safetensors pass fused=1)
-	$(call measure,smollm2-length,bench.py length $(SMOLLM2) --kinds code --count 6 --temperatures 0 1 \
-		--rounds 2)
-	$(call measure,smollm2-paper-length,bench.py speed $(SMOLLM2) --kinds code --count 6 \
-		--temperatures 0 1 --rounds 2 --methods \
+	$(call measure,smollm2-length,bench.py length $(SMOLLM2) --kinds code --temperatures 0 1)
+	$(call measure,smollm2-paper-length,bench.py speed $(SMOLLM2) --kinds code \
+		--temperatures 0 1 --methods \
 		$(foreach L,1 2 3 4,pass:demo/smollm2-paper.safetensors=$(L)))
 	$(call measure,smollm2-memory,bench.py memory $(SMOLLM2))
 	$(IN) results/step.py --seed 20 --out results/step.svg
@@ -67,7 +70,7 @@ bench-long: $(VENV)/bench models/smollm2/model.safetensors  ## the other tables:
 	$(call measure,cost-7b,bench.py cost --shape 7b --rounds 5)
 	$(call measure,smollm2-speed-again,$(SPEED))
 	$(call measure,smollm2-rows,bench.py speed $(SMOLLM2) --kinds code --count 16 --new-tokens 32 \
-		--temperatures 0 --rows 1 2 4 8 16)
+		--temperatures 0 --rows 1 2 4 8 16 --decode 0)
 	$(call measure,smollm2-quality,$(QUALITY) --temperatures 0.6 1)
 	$(call measure,smollm2-quality-again,$(QUALITY) --temperatures 0.6 1 --seed 1000)
 	$(call measure,smollm2-quality-third,$(QUALITY) --temperatures 1 --seed 2000 \
@@ -89,7 +92,7 @@ bench-gpu: $(VENV)/bench models/smollm2/model.safetensors  ## the main tables on
 	$(call measure,gpu-cost,bench.py cost --model models/smollm2 --device cuda)
 	$(call measure,gpu-cost-1b,bench.py cost --shape 1b --device cuda)
 	$(call measure,gpu-cost-7b,bench.py cost --shape 7b --device cuda)
-	$(call measure,gpu-speed,bench.py speed $(SMOLLM2) $(WITH_GPU) --count 6 \
+	$(call measure,gpu-speed,bench.py speed $(SMOLLM2) $(WITH_GPU) \
 		--methods $(PAPER) pass fused=1 fused=3 "tree=0 1 00")
 	$(call measure,gpu-rows,bench.py speed $(SMOLLM2) $(WITH_GPU) --kinds code --count 16 \
 		--temperatures 0 --rows 1 2 4 8 16 --methods pass fused=1 fused=3)
@@ -126,4 +129,4 @@ $(VENV)/dev: requirements-dev.txt | $(VENV)/ready
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
 
-.PHONY: bench bench-gpu bench-long demo help lint mutants pages peers smollm2 soak steps test
+.PHONY: bench bench-gpu bench-long chat demo help lint mutants pages peers smollm2 soak steps test

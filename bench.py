@@ -9,13 +9,13 @@
 --json FILE keeps the numbers and what they were measured on. `make bench` and `make bench-long`
 make the tables of results/README.md; results/ has what else is measured. --methods takes
 METHOD[:LOOKAHEAD][=SHAPE], such as pass, fused=1, pass:FILE=2, "tree=0 1 00", tree=auto,
-draft-model=4. Read `interleaved`, `interval`, `compared`.
+draft-model=4. Read `factors`, `compared`.
 """
 import ctypes
 import itertools
+import operator
 import platform
 import re
-import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -32,16 +32,22 @@ from beyond.training import accepted_of_several
 from beyond.tree import best_of, choose, table_for
 from model import Cache, Config, Llama, has_fbgemm, load_model, pack
 from pass_sampler import Params, Sampler, load_lookahead, method_named, method_options
-from support.data import PROMPT
+from support.data import PROMPT, Texts
 from support.errors import DTYPES, InputError, check_number, check_seed, device_named, run_script
 from support.graph import Replay
 from support.prompts import read_prompts
 from support.tables import print_tables
 from support.terminal import add_common, new_parser, user_path
+from support.text import rows_of
 from support.tokenizer import Tokenizer
 from train_lookahead import evaluate
 
 ROOT = Path(__file__).resolve().parent
+
+RESAMPLES = 2000  # of a bootstrap
+SIDE_BY_SIDE = 16  # prompts whose steps are counted at once
+STEPS = 4  # of which the time is taken at once
+MOST_PER_STEP = 66  # tokens
 
 # ------------------------------------------------------------- timing
 
@@ -65,43 +71,87 @@ def interleaved(functions: dict[str, Callable], units: list, rounds: int, what: 
     return seconds
 
 
-def interval(ratios: Tensor, resamples: int = 2000) -> tuple[float, float, float]:
+def interval(ratios: Tensor) -> tuple[float, float, float]:
     """Median of ratios (units,rounds) and its 95 % interval, (middle, low, high): the bootstrap
     draws units anew, and of each its rounds."""
     generator = torch.Generator().manual_seed(0)
     n, rounds = ratios.shape
-    unit = torch.randint(n, (resamples, n, 1), generator=generator)
-    turn = torch.randint(rounds, (resamples, n, rounds), generator=generator)
-    medians = ratios[unit, turn].flatten(1).quantile(0.5, 1)
-    low, high = medians.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return ratios.quantile(0.5).item(), low, high
+    unit = torch.randint(n, (RESAMPLES, n, 1), generator=generator)
+    turn = torch.randint(rounds, (RESAMPLES, n, rounds), generator=generator)
+    return ratios.quantile(0.5).item(), *middle_95(ratios[unit, turn].flatten(1).quantile(0.5, 1))
 
 
-def against_first(decoders: dict[str, Callable], units: list, args: Namespace, what: str
-                  ) -> dict[str, dict]:
-    """Rows {name: row}: each of decoders {name: f(prompts, seed) -> result} against the first.
+def middle_95(values: Tensor) -> list[float]:
+    """[low, high] of what a bootstrap found."""
+    return values.quantile(values.new_tensor([0.025, 0.975])).tolist()
 
-    A unit is the prompts that are decoded side by side. Time per token, without prefill.
+
+def factors(counts: Tensor, costs: Tensor) -> dict[str, tuple[float, float, float]]:
+    """Tokens per step, the cost of a step, and the gain, which is their quotient: each the value
+    and its 95 % interval, (middle, low, high).
+
+    counts (n,2): new tokens and steps of n prompts, of which the bootstrap draws n anew. costs
+    (rounds,): seconds of a step by those of a plain one in the same round; their median counts.
     """
-    per_pass = {name: [] for name in decoders}
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(len(counts), (RESAMPLES, len(counts)), generator=generator)
+    tokens, steps = counts.double()[prompt].sum(1).unbind(1)
+    turn = torch.randint(len(costs), (RESAMPLES, len(costs)), generator=generator)
+    drawn = {"tokens per step": tokens / steps, "cost": costs.double()[turn].quantile(0.5, 1)}
+    tokens, steps = counts.sum(0).tolist()
+    middle = {"tokens per step": tokens / steps, "cost": costs.quantile(0.5).item()}
+    for all_of in (drawn, middle):
+        all_of["gain"] = all_of["tokens per step"] / all_of["cost"]
+    return {name: (middle[name], *middle_95(drawn[name])) for name in middle}
 
-    def seconds_per_token(name, prompts, turn):
-        result = decoders[name](prompts, args.seed + turn)
-        per_pass[name].append(result.get("tokens_per_pass"))
-        decoding = result["seconds"] - result["prefill_seconds"] - result.get("capture_seconds", 0)
-        return decoding / sum(map(len, result["tokens"]))
 
-    functions = {name: partial(seconds_per_token, name) for name in decoders}
-    seconds = interleaved(functions, units, args.rounds, what)
-    plain = next(iter(seconds.values()))
-    rows = {}
-    for name, taken in seconds.items():
-        middle, low, high = interval(plain / taken)
-        known = None not in per_pass[name]  # not peers
-        rows[name] = {"tokens per pass": statistics.mean(per_pass[name][1:]) if known else "",
-                      "tokens/s": 1 / taken.quantile(0.5).item(),
-                      "times as fast": middle, "from": low, "to": high}
-    return rows
+def in_columns(found: dict[str, tuple[float, float, float]]) -> dict[str, float]:
+    """What `factors` found, as columns of a table."""
+    row = {}
+    for what, (middle, low, high) in found.items():
+        row |= {what: middle, f"{what} from": low, f"{what} to": high}
+    return row
+
+
+def count_steps(sampler: Sampler, prompts: list[list[int]], new_tokens: int, seed: int
+                ) -> tuple[Tensor, list[list[int]]]:
+    """(n,2): new tokens and steps of each prompt; and the texts. Many are decoded side by side. No
+    token ends a text: unequal lengths do not compare."""
+    counts = []
+    texts = []
+    for i in range(0, len(prompts), sampler.rows):
+        some = prompts[i:i + sampler.rows]
+        result = sampler.generate(some, new_tokens, seed + i, stop_tokens=())
+        counts += zip(map(len, result["tokens"]), result["steps"])
+        texts += result["tokens"]
+    return torch.tensor(counts), texts
+
+
+@torch.inference_mode()
+def timed_steps(sampler: Sampler, prompts: list[list[int]], turn: int) -> float:
+    """Seconds of a step after prompts, one for each row, in the mean over a few steps."""
+    sampler.generator.manual_seed(turn)
+    sampler.alive.fill_(1)
+    sampler.prefill(prompts)
+    for step in range(1 + STEPS):
+        if step == 1:  # The one before may have recorded a CUDA graph.
+            start = time.perf_counter()
+        rows_of(sampler.next_step(), sampler.step.drafts)  # It waits for the device.
+    return (time.perf_counter() - start) / STEPS
+
+
+def decoded(functions: dict[str, Callable], units: list, seed: int, new_tokens: int, rounds: int,
+            what: str) -> dict[str, Tensor]:
+    """Seconds per token {name: (units,rounds)}, prefill apart, of whole decodes by functions
+    {name: f(prompts, new_tokens, seed) -> result}. A unit is prompts that go side by side."""
+
+    def seconds_per_token(function, prompts, turn):
+        result = function(prompts, new_tokens, seed + turn)
+        seconds = result["seconds"] - result["prefill_seconds"] - result.get("capture_seconds", 0)
+        return seconds / sum(map(len, result["tokens"]))
+
+    timed = {name: partial(seconds_per_token, function) for name, function in functions.items()}
+    return interleaved(timed, units, rounds, what)
 
 
 # --------------------------------------------------- what commands share
@@ -133,24 +183,23 @@ def described(args: Namespace, model: Llama, prompts: dict) -> str:
             f"{args.lookahead}.")
 
 
-def decoder(args: Namespace, model: Llama, tokenizer: Tokenizer, spec: str, params: Params,
-            rows: int, context: int, stop_tokens: tuple | None = ()) -> tuple[str, Callable]:
-    """A name, and a function(prompts, seed) -> result. spec: METHOD[:FILE][=SHAPE]. By default no
-    token ends a text: unequal lengths do not compare."""
+def contender(args: Namespace, model: Llama, tokenizer: Tokenizer, spec: str, params: Params,
+              rows: int) -> tuple[str, Callable[[int, int], Sampler]]:
+    """A name, and a function(rows, context) -> Sampler, of METHOD[:FILE][=SHAPE]. "tree=auto" is
+    chosen for that many rows."""
     method, given = given_by(args, spec)
     auto = given.get("tree") == "auto"
     if auto:
         del given["tree"]
     options = method_options(method, given, model, tokenizer)
+    graph = not args.no_graph
     if auto:
-        options["tree"] = choose(
-            model, options["lookahead"], params.temperature, rows, not args.no_graph)
+        options["tree"] = choose(model, options["lookahead"], params.temperature, rows, graph)
         spec = f"{spec} ({options['tree'] or 'plain decoding'})"
         if options["tree"] is None:  # None is worth its columns.
             method, options = "autoregressive", {}
-    sampler = Sampler(model, method, params, rows, context, not args.no_graph, **options)
-    return spec, lambda prompts, seed: sampler.generate(
-        prompts, args.new_tokens, seed, stop_tokens=stop_tokens)
+    return spec, lambda rows, context: Sampler(
+        model, method, params, rows, context, graph, **options)
 
 
 def given_by(args: Namespace, spec: str) -> tuple[str, dict]:
@@ -173,31 +222,50 @@ def given_by(args: Namespace, spec: str) -> tuple[str, dict]:
     return name, given
 
 
-def all_decoders(args: Namespace, model: Llama, tokenizer: Tokenizer, methods: list[str], *more
-                 ) -> list[tuple[str, Callable]]:
-    """A `decoder` of plain decoding and of each method, before the work: a bad one is said now."""
-    return [decoder(args, model, tokenizer, spec, *more) for spec in ["autoregressive", *methods]]
-
-
 def compared(args: Namespace, model: Llama, tokenizer: Tokenizer, methods: Callable,
-             peers: dict[str, Callable] | None = None) -> Iterator[str | dict]:
-    """Paragraphs and rows: for each text, number of rows, temperature and top-k, the methods that
-    methods(temperature) names, and peers {name: f(new_tokens, params, prompts, seed)}."""
-    prompts = read_prompts(args, tokenizer, model.config)
+             prompts: dict[str, list[list[int]]]) -> Iterator[str | dict]:
+    """Paragraphs and rows: for each kind of prompt, number of rows, temperature and top-k, the
+    methods that methods(temperature) names, against plain decoding."""
     yield described(args, model, prompts)
-    yield (f"Times as fast: time per token of the first method by that of this, prefill apart, "
-           f"median over prompts and {args.rounds} rounds; from, to: its 95 % interval.")
+    yield (f"Gain: tokens per step by the cost of a step, which is counted in plain steps. Tokens "
+           f"per step: of all prompts. Cost: median of {args.rounds} interleaved rounds. From, to: "
+           f"95 % intervals. Decoded: times as fast in whole decodes, of {args.decode} prompts. "
+           f"Same text: as plain decoding, greedy.")
     for kind, rows, t, k in itertools.product(prompts, args.rows, args.temperatures, args.top_k):
         some = prompts[kind]
-        units = [(some * rows)[i:i + rows] for i in range(0, len(some), rows)]
-        context = max(map(len, some)) + args.new_tokens
-        decoders = dict(
-            all_decoders(args, model, tokenizer, methods(t), Params(t, k), rows, context))
-        for name, peer in (peers or {}).items():
-            decoders[name] = partial(peer, args.new_tokens, Params(t, k))
-        for name, row in against_first(decoders, units, args, f"{kind} at {t:g}").items():
-            words = {"text": kind, "temperature": t, "top-k": k, "rows": rows, "method": name}
-            yield words | row
+        context = max(map(len, some)) + max(args.new_tokens, (1 + STEPS) * MOST_PER_STEP)
+        specs = ["autoregressive", *methods(t)]
+        makers = dict(
+            contender(args, model, tokenizer, spec, Params(t, k), rows) for spec in specs)
+        counts = {}
+        texts = {}
+        for name, make in makers.items():
+            many = make(min(len(some), SIDE_BY_SIDE), context)
+            counts[name], texts[name] = count_steps(many, some, args.new_tokens, args.seed)
+        samplers = {name: make(rows, context) for name, make in makers.items()}
+        steps = {name: partial(timed_steps, sampler) for name, sampler in samplers.items()}
+        usual = sorted(some, key=len)[len(some) // 2]
+        seconds = interleaved(steps, [[usual] * rows], args.rounds, f"{kind} at {t:g}")
+        whole = {}
+        if args.decode:
+            units = [(some * rows)[i:i + rows] for i in range(0, args.decode * rows, rows)]
+            writers = {name: partial(whole_texts, sampler) for name, sampler in samplers.items()}
+            whole = decoded(writers, units, args.seed, args.new_tokens, 1, "whole decodes")
+        plain = "autoregressive"
+        for name in samplers:
+            row = {"text": kind, "temperature": t, "top-k": k, "rows": rows, "method": name}
+            row |= in_columns(factors(counts[name], (seconds[name] / seconds[plain])[0]))
+            if args.decode:
+                row["decoded"] = (whole[plain] / whole[name]).quantile(0.5).item()
+            if t == 0:
+                same = sum(map(operator.eq, texts[plain], texts[name]))
+                row["same text %"] = 100 * same / len(some)
+            yield row
+
+
+def whole_texts(sampler: Sampler, prompts: list[list[int]], new_tokens: int, seed: int) -> dict:
+    """`Sampler.generate`; no token ends a text."""
+    return sampler.generate(prompts, new_tokens, seed, stop_tokens=())
 
 
 # ----------------------------------------------------------- commands
@@ -283,10 +351,10 @@ def acceptance(args: Namespace) -> Iterator[str | dict]:
     yield (f"Of prompts the last {PROMPT} tokens. One of k: the probability that one of k "
            f"candidates is accepted; of the chain: accepted drafts per step.")
     for kind, rows in prompts.items():
-        ends = torch.tensor([row[-PROMPT:] for row in rows])
-        length = PROMPT + args.new_tokens
+        ends = [row[-PROMPT:] for row in rows]
         for t in args.temperatures:
-            texts = {t: own_texts(model, ends, t, args.seed, length)}
+            written = own_texts(model, ends, t, args.seed, args.new_tokens, ())
+            texts = Texts.of(written, [PROMPT] * len(ends), t, [True] * len(ends))
             for start in args.positions:
                 table = evaluate(model, lookahead, texts, start, accepted_of_several)[t]
                 for j, ranks in enumerate(table["by_rank"], 1):
@@ -297,7 +365,9 @@ def acceptance(args: Namespace) -> Iterator[str | dict]:
 
 def speed(args: Namespace) -> Iterator[str | dict]:
     """How fast each method is, against plain decoding of the same prompts."""
-    yield from compared(args, *load_model(args), lambda temperature: args.methods)
+    model, tokenizer = load_model(args)
+    prompts = read_prompts(args, tokenizer, model.config)
+    yield from compared(args, model, tokenizer, lambda temperature: args.methods, prompts)
 
 
 def length(args: Namespace) -> Iterator[str | dict]:
@@ -313,7 +383,8 @@ def length(args: Namespace) -> Iterator[str | dict]:
         return [*(f"pass={L}" for L in lengths), *(f"fused={L}" for L in lengths),
                 *(f"tree={tree}" for tree in dict.fromkeys(trees) if tree), "tree=auto"]
 
-    yield from compared(args, model, tokenizer, methods)
+    prompts = read_prompts(args, tokenizer, model.config)
+    yield from compared(args, model, tokenizer, methods, prompts)
 
 
 def memory(args: Namespace) -> Iterator[str | dict]:
@@ -345,7 +416,8 @@ def memory(args: Namespace) -> Iterator[str | dict]:
 def decode_once(args: Namespace, model: Llama, tokenizer: Tokenizer, name: str, context: int
                 ) -> None:
     """Make a Sampler of a method, and decode one text."""
-    decoder(args, model, tokenizer, name, Params(), 1, context)[1]([[1]], 0)
+    _, make = contender(args, model, tokenizer, name, Params(), 1)
+    whole_texts(make(1, context), [[1]], args.new_tokens, 0)
 
 
 def peak_memory(device: torch.device, work: Callable) -> int:
@@ -381,20 +453,22 @@ OPTIONS = {
     "draft-model": dict(type=user_path, metavar="DIR", help="of method draft-model"),
     "prompts": dict(type=user_path, default=ROOT / "demo" / "prompts.json",
                     help="JSON {kind: [text, ..]} (default: demo/prompts.json)"),
+    "chat": dict(action="store_true", help="the prompts are messages to a chat model"),
     "kinds": dict(nargs="+", metavar="KIND", help="of the prompts (default: all)"),
-    "count": dict(type=int, default=20, help="prompts of each kind (default: 20)"),
+    "count": dict(type=int, default=40, help="prompts of each kind (default: 40)"),
     "new-tokens": dict(type=int, default=64, help="(default: 64)"),
     "temperatures": dict(type=float, nargs="+", default=[0.0, 0.6, 1.0], help="(default: 0 .6 1)"),
     "top-k": dict(type=int, nargs="+", default=[0], help="0 is off (default: 0)"),
     "rows": dict(type=int, nargs="+", default=[1], help="prompts side by side (default: 1)"),
-    "rounds": dict(type=int, default=3, help="(default: 3; cost: 25)"),
+    "rounds": dict(type=int, default=30, help="(default: 30)"),
+    "decode": dict(type=int, default=4, help="prompts to decode whole, as a check (default: 4)"),
     "no-graph": dict(action="store_true", help="record no CUDA graph"),
     "shape": dict(choices=["1b", "7b"], help="random weights of that size, in place of --model"),
     "positions": dict(type=int, nargs="+", default=[0], help="of first tokens (default: 0)"),
     "columns": dict(type=int, nargs="+", default=[6, 12], help="of a tree (default: 6 12)"),
 }
-TEXTS = "lookahead prompts kinds count new-tokens temperatures "
-DECODING = TEXTS + "top-k rounds no-graph "
+TEXTS = "lookahead prompts chat kinds count new-tokens temperatures "
+DECODING = TEXTS + "top-k rounds decode no-graph "
 DRAFTED = "methods draft-model "
 COMMANDS = {
     cost: "shape rounds no-graph",
@@ -415,6 +489,7 @@ def check_args(args: Namespace) -> None:
     """Raise InputError for numbers that are too large, and for methods that could not be made: now,
     and not after half the work."""
     check_seed(args.seed)
+    check_number("--decode", getattr(args, "decode", 0), 2**16, 0)
     largest = dict(count=2**16, new_tokens=2**20, rows=2**12, rounds=2**12, samples=2**12,
                    columns=2**10, problems=2**12)
     for name, most in largest.items():
@@ -439,8 +514,6 @@ def parse() -> Namespace:
         add_common(sub.add_argument, model_required=function is not cost)
         add_options(sub.add_argument, names)
         sub.set_defaults(function=function)
-        if function is cost:
-            sub.set_defaults(rounds=25)  # It has one unit: the bootstrap draws only rounds.
     parser.set_defaults(rows=[1], methods=[], draft_model=None, temperatures=[0], top_k=[0])
     args = parser.parse_args()
     check_args(args)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from model import Cache, Config, Llama, at_least_float32, load_model
 from support import terminal
+from support.chat import encode_prompt
 from support.checkpoint import read_lookahead
 from support.errors import InputError, check_number, check_options, check_seed, run_script
 from support.graph import Replay
@@ -187,10 +188,15 @@ def load_lookahead(spec: str, model: Llama, length: int | None = None,
             raise InputError("unk needs a tokenizer that has an unknown token; use mean, or a "
                              "trained file")
         return Lookahead(model.embedding[tokenizer.unk].repeat(length or 4, 1))
+    return lookahead_of(*lookahead_tensors(spec, model, length))
+
+
+def lookahead_tensors(path: str, model: Llama, length: int | None = None) -> tuple[dict, dict]:
+    """{name: tensor} and the acceptance of a look-ahead file for this model."""
     shapes = {}
     for kind in LOOKAHEADS:
         shapes |= kind.shapes(model.config)
-    return lookahead_of(*read_lookahead(spec, model.config, shapes, length))
+    return read_lookahead(path, model.config, shapes, length)
 
 
 # ---------------------------------------------- the methods
@@ -478,8 +484,8 @@ def main() -> None:
     check_number("samples", args.samples, 2**16)
     model, tokenizer = load_model(args)
     options = method_options(args.method, terminal.given_flags(args, METHODS), model, tokenizer)
-    prompts = [tokenizer.encode(text)] * args.samples
-    show = None if args.json else terminal.printer(tokenizer, text)
+    prompts = [encode_prompt(args, text, tokenizer)] * args.samples
+    show = None if args.json else terminal.printer(tokenizer, "" if args.chat else text)
     result = generate(model, prompts, args.method, params, args.max_new_tokens, args.seed, show,
                       graph=not args.no_graph, **options)
     terminal.report(result, tokenizer, args.json)

@@ -7,9 +7,9 @@ on with the same command and --resume, and ends bit for bit where an undisturbed
 chance in a step comes from (seed, step). On many GPUs: torchrun --nproc-per-node N
 train_lookahead.py ..
 
-Beyond the paper are the objectives kl and tv, --texts that the model wrote, and what beyond/ adds
-to train. Read `states`, `backward`, `train`. Shapes are as in model.py; M places per text, L
-look-ahead tokens at each, N columns in all.
+Beyond the paper are the objectives kl and tv, --texts that the model wrote in place of --data, a
+file to --start from, and what beyond/ adds to train. Read `states`, `backward`, `train`. Shapes are
+as in model.py; M places per text, L look-ahead tokens at each, N columns in all.
 """
 import json
 import math
@@ -18,17 +18,23 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from model import Cache, Llama, load_model
-from pass_sampler import Lookahead, Params, add_beyond, generate, lookahead_of, probs
+from pass_sampler import (
+    Lookahead,
+    Params,
+    add_beyond,
+    generate,
+    lookahead_of,
+    lookahead_tensors,
+    probs,
+)
 from support.checkpoint import (
     check_no_checkpoint,
     digest,
@@ -37,17 +43,34 @@ from support.checkpoint import (
     read_texts,
     write_checkpoint,
 )
-from support.data import PROMPT, TEMPERATURES, TEXT, add_data, check_context, read_data, windows
+from support.data import (
+    PROMPT,
+    TEMPERATURES,
+    TEXT,
+    Texts,
+    add_data,
+    check_context,
+    long_enough,
+    read_data,
+    tokens_of,
+    windows,
+)
 from support.errors import InputError, check_number, check_seed, device_named, run_script
-from support.storage import check_writable, write_tensors, write_text
-from support.terminal import add_common, new_parser, user_path
+from support.journal import Journal, file_beside, new_state
+from support.storage import check_writable, write_tensors
+from support.terminal import add_common, new_parser, progress, user_path
+from support.tokenizer import Tokenizer
 
 PLACES = 4  # M, per text and step
 READ_FOR = 16  # steps: to read a batch of texts costs more than a step, so each is read once for 16
-EVALUATIONS = 10  # per run, about
+MEASURED = 32  # texts per temperature to measure on, at most
+MEASURED_TOKENS = 64  # that the model writes for such a text
+MEASURED_PLACES = 12  # in a text, where drafts are made
+EVALUATIONS = 10  # on the way, at most
 CHECKPOINT_SECONDS = 20
 # These may differ on --resume. Hashes stand for the model, data and texts.
-MOVABLE = ("model", "data", "texts", "device", "out", "resume", "process", "processes")
+MOVABLE = ("model", "data", "texts", "start", "device", "out", "resume", "process", "processes",
+           "began")
 
 # ----------------------- the columns, as sampling runs them; the loss
 
@@ -61,6 +84,14 @@ def prefix(model: Llama, text: Tensor, offset: Tensor, room: int) -> tuple[Cache
         target = model(text, cache, positions)
     cache.commit(text.shape[1])
     return cache, target
+
+
+def places_of(begin: Tensor, end: Tensor, L: int, shares: Tensor) -> Tensor:
+    """Places (B,M) in texts that the model wrote from token begin (B,) to end (B,). shares (B,M),
+    from 0 to 1: from the first place to the last from which L look-ahead tokens guess tokens of the
+    text."""
+    room = end - begin - L
+    return begin[:, None] + (shares * room[:, None]).long()
 
 
 def states(model: Llama, lookahead: Lookahead, text: Tensor, places: Tensor, offset: Tensor,
@@ -133,14 +164,15 @@ def accepted_once(p: Tensor, logits: Tensor, params: Params, generator: Generato
     return torch.minimum(p, probs(logits, params)).sum(1, keepdim=True)
 
 
-def measure(model: Llama, lookahead: Lookahead, params: Params, text: Tensor, position: int,
+def measure(model: Llama, lookahead: Lookahead, params: Params, texts: Texts, position: int,
             generator: Generator, accepted: Callable) -> tuple[Tensor, Tensor]:
-    """accepted(..) (n,L,ranks), and the expected accepted drafts of a step (n,), after every sixth
-    token of text (B,T), whose first token stands at `position`."""
+    """accepted(..) (n,L,ranks), and the expected accepted drafts of a step (n,), at n places that
+    are evenly spread over what the model wrote. The first token of a text stands at `position`."""
     L = len(lookahead.embeddings)
     device = model.embedding.device
-    text = text.to(device)
-    places = torch.arange(PROMPT, text.shape[1] - L, 6, device=device).expand(len(text), -1)
+    text = texts.tokens.to(device)
+    spread = (torch.arange(MEASURED_PLACES) + 0.5) / MEASURED_PLACES
+    places = places_of(texts.begin, texts.end, L, spread.expand(len(text), -1)).to(device)
     offset = torch.full((len(text),), position, device=device)
     read = prefix(model, text, offset, places.shape[1] * L)
     h, target, tokens = states(model, lookahead, text, places, offset, *read)
@@ -156,9 +188,9 @@ def measure(model: Llama, lookahead: Lookahead, params: Params, text: Tensor, po
 
 
 @torch.no_grad()
-def evaluate(model: Llama, lookahead: Lookahead, texts: dict[float, Tensor], position: int = 0,
+def evaluate(model: Llama, lookahead: Lookahead, texts: Texts, position: int = 0,
              accepted: Callable = accepted_once) -> dict[float, dict]:
-    """Acceptance on texts {temperature: (n,T)} that the model wrote.
+    """Acceptance on texts that the model wrote.
 
     Per temperature: by_position, how probably a draft is accepted where those before it are the
     text's own tokens; expected, the accepted drafts of a step; by_rank [position][k], what
@@ -166,13 +198,13 @@ def evaluate(model: Llama, lookahead: Lookahead, texts: dict[float, Tensor], pos
     """
     lookahead = lookahead.ready(model)
     table = {}
-    for temperature, text in texts.items():
+    for temperature in texts.temperature.unique().tolist():
         generator = Generator(model.embedding.device).manual_seed(0)
         params = Params(temperature)
         measured = []
-        for rows in text.split(4):
-            measured.append(
-                measure(model, lookahead, params, rows, position, generator, accepted))
+        for rows in (texts.temperature == temperature).nonzero()[:, 0].split(4):
+            measured.append(measure(
+                model, lookahead, params, texts.chosen(rows), position, generator, accepted))
         by_rank, expected = (torch.cat(parts).mean(0) for parts in zip(*measured))
         by_rank = [[round(share, 4) for share in row] for row in by_rank.tolist()]
         table[temperature] = {"by_position": [row[0] for row in by_rank],
@@ -200,17 +232,24 @@ def mean_embedding(model: Llama, tokens: Tensor, args: Namespace, generator: Gen
 
 
 PARTS = [Part(
-    {"length": dict(type=int, default=4, help="look-ahead tokens L (default: 4)")},
+    {"length": dict(type=int, help="look-ahead tokens L (default: 4, or those of --start)")},
     {"length": (1, 64)}, mean_embedding, {"embeddings": 0.02})]
 
 
 def initial(model: Llama, tokens: Tensor, args: Namespace) -> dict[str, Tensor]:
-    """{name: float32 parameter} of all that the command line asks for."""
-    generator = Generator().manual_seed(args.seed)
+    """{name: float32 parameter} of the file to start from, or of all that the command line asks
+    for. It sets args.length."""
     found = {}
-    for part in PARTS:
-        found |= part.initial(model, tokens, args, generator)
-    return {name: tensor.requires_grad_() for name, tensor in found.items()}
+    if args.start:
+        found, _ = lookahead_tensors(args.start, model, args.length)
+    else:
+        args.length = args.length or 4
+        generator = Generator().manual_seed(args.seed)
+        for part in PARTS:
+            found |= part.initial(model, tokens, args, generator)
+    args.length = len(found["embeddings"])
+    device = model.embedding.device
+    return {name: x.to(device, torch.float32).requires_grad_() for name, x in found.items()}
 
 
 def rate(step: int, steps: int) -> float:
@@ -218,26 +257,33 @@ def rate(step: int, steps: int) -> float:
     return min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def batches(model: Llama, pool: Tensor, args: Namespace, first: int) -> Iterator[tuple]:
+def batches(model: Llama, pool: Tensor | Texts, args: Namespace, first: int) -> Iterator[tuple]:
     """For each step from `first` on: this process's columns, as `states` takes them.
 
-    pool: tokens (N,) to cut texts from, or texts (N,TEXT).
+    pool: tokens (N,) to cut texts from, or texts.
     """
     share = args.batch // args.processes
     mine = slice(args.process * share, (args.process + 1) * share)
     for step in range(first, args.steps):
         if step == first or step % READ_FOR == 0:
             generator = Generator().manual_seed(args.seed * 1_000_003 + step // READ_FOR)
-            if pool.ndim == 1:
+            if torch.is_tensor(pool):
                 text = windows(pool, args.batch, TEXT, generator)
+                begin = torch.ones(args.batch, dtype=torch.long)
+                end = TEXT * begin
             else:
-                text = pool[torch.randint(len(pool), (args.batch,), generator=generator)]
-            # Each step takes other places, in random order; the last token guessed is in the text.
-            order = torch.rand(args.batch, TEXT - 1 - args.length, generator=generator).argsort(1)
-            room = max(1, model.config.context - TEXT - args.length)
+                some = torch.randint(len(pool.end), (args.batch,), generator=generator)
+                text, begin, end, *_ = pool.chosen(some)
+                text = text[:, :end.max()]
+            # Each step takes other places, in random order, which are evenly spread over the text.
+            n = READ_FOR * PLACES
+            order = torch.rand(args.batch, n, generator=generator).argsort(1)
+            shift = torch.rand(args.batch, 1, generator=generator)
+            places = places_of(begin, end, args.length, (order + shift) / n)
+            room = max(1, model.config.context - text.shape[1] - args.length)
             offset = torch.randint(room, (args.batch,), generator=generator)
             text, places, offset = (
-                x[mine].to(model.embedding.device) for x in (text, order + 1, offset))
+                x[mine].to(model.embedding.device) for x in (text, places, offset))
             read = prefix(model, text, offset, PLACES * args.length)
         yield text, places[:, step % READ_FOR * PLACES:][:, :PLACES], offset, *read
 
@@ -268,87 +314,89 @@ def optimizer_of(tensors: dict[str, Tensor]) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups)
 
 
-def file_beside(out: Path, suffix: str) -> Path:
-    return out.with_name(f"{out.name}.{suffix}")
+def plan(args: Namespace) -> tuple[int, int]:
+    """How many texts per temperature to measure on at the end; and how often before, on a quarter
+    of them. Both together take a tenth of the run, or as little as makes sense. Work is counted in
+    columns, of which one with gradients counts as three."""
+    L = args.length
+    run = args.steps * args.batch * (TEXT / READ_FOR + 3 * PLACES * L)
+    one = len(TEMPERATURES) * (PROMPT + MEASURED_TOKENS + MEASURED_PLACES * L)
+    texts = min(MEASURED, max(2, int(run / 20 / one)))
+    return texts, min(EVALUATIONS, int(run / 20 / one / max(1, texts // 4)))
 
 
-def record(model: Llama, parts: dict[str, Tensor], texts: dict[float, Tensor], state: dict,
-           out: Path, accepted: Callable = accepted_once) -> None:
-    """Evaluate; write all that was measured so far."""
-    table = evaluate(model, lookahead_of(parts), texts, accepted=accepted)
-    losses, state["losses"] = state["losses"], []
-    state["measured"].append({
-        "step": state["step"], "seconds": round(state["seconds"], 1),
-        "loss": sum(losses) / len(losses) if losses else None, "acceptance": table})
-    write_text(file_beside(out, "jsonl"),
-               "".join(json.dumps(line) + "\n" for line in state["measured"]))
-    expected = ", ".join(f"{row['expected']:.3f} at {t:g}" for t, row in table.items())
-    L = len(parts["embeddings"])
-    tqdm.write(f"step {state['step']}: of {L} drafts accepted {expected}", file=sys.stderr)
+def texts_to_measure(model: Llama, held: Tensor | Texts, count: int, seed: int) -> Texts:
+    """`count` texts per temperature: some of held; or, if these are the tokens (N,) of held-out
+    files, what the model writes after pieces of them. In random order."""
+    generator = Generator().manual_seed(seed)
+    if isinstance(held, Texts):
+        mixed = held.chosen(torch.randperm(len(held.end), generator=generator))
+        first = [(mixed.temperature == t).nonzero()[:count, 0] for t in TEMPERATURES]
+        return mixed.chosen(torch.cat(first))
+    prompts = windows(held, count, PROMPT, generator).tolist()
+    parts = []
+    new = MEASURED_TOKENS
+    with progress(len(TEMPERATURES) * new, "writing texts to measure on", "token") as bar:
+        for t in TEMPERATURES:
+            written = generate(
+                model, prompts, "autoregressive", Params(t), new, seed,
+                lambda row, token, from_draft: bar.update(row == 0), stop_tokens=())["tokens"]
+            texts = [before + after for before, after in zip(prompts, written)]
+            parts.append(Texts.of(texts, [PROMPT] * count, t, [True] * count))
+    return Texts.joined(parts)
 
 
-def texts_to_measure(model: Llama, held: Tensor, seed: int) -> dict[float, Tensor]:
-    """{temperature: (32,160)}: held-out beginnings, and what the model writes after them."""
-    prompts = windows(held, 32, PROMPT, Generator().manual_seed(seed)).tolist()
-    texts = {}
-    for t in TEMPERATURES:
-        written = generate(model, prompts, "autoregressive", Params(t), 160 - PROMPT, seed,
-                           stop_tokens=())["tokens"]
-        texts[t] = torch.tensor([before + after for before, after in zip(prompts, written)])
-    return texts
-
-
-def train(args: Namespace, model: Llama, pool: Tensor, held: Tensor) -> None:
-    """Train, and write args.out. pool: as in `batches`; held (N,): to measure on."""
+def train(args: Namespace, model: Llama, pool: Tensor | Texts, held: Tensor | Texts) -> None:
+    """Train, and write args.out. pool: as in `batches`; held: as in `texts_to_measure`."""
+    parts = initial(model, tokens_of(pool), args)
+    pool, held = long_enough(pool, args.length), long_enough(held, args.length)
     settings = {name: str(value) for name, value in vars(args).items() if name not in MOVABLE}
     settings["model"] = fingerprint(model.config)
-    settings["data and weights"] = digest(model, pool, held)
-    parts = initial(model, pool.flatten(), args)
+    began_as = [part.detach() for part in parts.values()] if args.start else []
+    settings["data and weights"] = digest(model, tokens_of(pool), tokens_of(held), *began_as)
     optimizer = optimizer_of(parts)
     moments = {name: optimizer.state[p] for name, p in parts.items()}
-    state = {"settings": settings, "step": 0, "seconds": 0.0, "losses": [], "measured": []}
+    state = new_state(settings)
     checkpoint = file_beside(args.out, "checkpoint")
-    leads = args.process == 0
+    leads = args.process == 0  # This process measures and writes.
     if args.resume and checkpoint.exists():
         state = read_checkpoint(checkpoint, settings, parts, moments)
     if args.resume and leads:
         print(f"going on from step {state['step']}", file=sys.stderr)
-    if leads:  # This process measures and writes.
-        texts = texts_to_measure(model, held, args.seed)
-    bar = tqdm(total=args.steps, initial=state["step"], disable=not leads, unit="step",
-               smoothing=0, mininterval=1 if sys.stderr.isatty() else 60)
-    began = saved = time.perf_counter()
-    with bar:
-        for columns in batches(model, pool, args, state["step"]):
-            if leads and state["step"] % max(1, args.steps // EVALUATIONS) == 0:
-                start = time.perf_counter()
-                record(model, parts, texts, state, args.out)
-                pause = time.perf_counter() - start
-                began += pause
-                bar.start_t += pause  # or the time left would count evaluations
-            loss = train_step(model, parts, optimizer, args.objective,
-                              rate(state["step"], args.steps), columns)
-            if not math.isfinite(loss):
-                raise InputError(f"the loss of step {state['step']} is {loss.item()}, in "
-                                 f"{model.precision}: try --dtype float32; an older checkpoint "
-                                 f"is as it was")
-            state["losses"].append(loss.item())
-            state["step"] += 1
-            state["seconds"] += time.perf_counter() - began
-            began = time.perf_counter()
-            bar.update()
-            if leads and began - saved > CHECKPOINT_SECONDS:
-                write_checkpoint(checkpoint, state, parts, moments)
-                saved = began
+    when = []
     if leads:
-        record(model, parts, texts, state, args.out, PARTS[-1].accepted)
+        count, evaluations = plan(args)
+        texts = texts_to_measure(model, held, count, args.seed)
+        few = texts.quarter()
+        when = [i * args.steps // evaluations for i in range(evaluations)]
+    journal = Journal(state, args, READ_FOR)
+    saved = time.perf_counter()
+    with journal.bar:
+        for columns in batches(model, pool, args, state["step"]):
+            if state["step"] in when:
+                journal.measure(lambda: evaluate(model, lookahead_of(parts), few), len(few.end))
+            loss = train_step(model, parts, optimizer, args.objective,
+                              rate(state["step"], args.steps), columns).item()
+            if not math.isfinite(loss):
+                raise InputError(f"the loss of step {state['step']} is {loss}, in "
+                                 f"{model.precision}: try --dtype float32; an older checkpoint is "
+                                 f"as it was")
+            journal.step(loss)
+            if leads and time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                write_checkpoint(checkpoint, state, parts, moments)
+                saved = time.perf_counter()
+        if leads:
+            table = journal.measure(
+                lambda: evaluate(model, lookahead_of(parts), texts, accepted=PARTS[-1].accepted),
+                len(texts.end))
+    if leads:
         about = {"model": settings["model"], "settings": settings, "steps": args.steps,
-                 "acceptance": state["measured"][-1]["acceptance"]}
+                 "acceptance": table}
         # In one entry: safetensors writes several in random order.
         write_tensors({name: p.to(torch.bfloat16) for name, p in parts.items()}, args.out,
                       {"lookahead": json.dumps(about)})
         checkpoint.unlink(missing_ok=True)
-        print(f"{args.out}: {args.steps} steps, {state['seconds'] / 60:.1f} min")
+        journal.end()
 
 
 # ------------------------------------------------------- command line
@@ -357,8 +405,9 @@ def parse() -> Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add_common(add)
-    add_data(add)
-    add("--texts", type=user_path, help="of beyond/own_texts.py, to train on in place of data")
+    add_data(add, required=False)
+    add("--texts", type=user_path, nargs="+", help="of beyond/own_texts.py, to train on")
+    add("--start", type=user_path, metavar="FILE", help="a look-ahead to train further")
     add("--objective", choices=["ce", "kl", "tv"], default="ce", help="(default: ce, the paper's)")
     for part in PARTS:
         for name, about in part.options.items():
@@ -367,20 +416,43 @@ def parse() -> Namespace:
     add("--steps", type=int, default=1000, help="(default: 1000)")
     add("--out", type=user_path, required=True, help="file to write")
     add("--resume", action="store_true", help="from the checkpoint, if there is one")
-    parser.set_defaults(process=0, processes=1)  # which of how many, of torchrun's
+    # Which process of how many, torchrun's; and when this one began.
+    parser.set_defaults(process=0, processes=1, began=time.perf_counter())
     args = parser.parse_args()
     check_seed(args.seed)
     check_number("batch", args.batch, 2**16)
     check_number("steps", args.steps, 2**40)
     for part in PARTS:
         for name, (least, largest) in part.ranges.items():
-            check_number(name, getattr(args, name), largest, least)
+            given = getattr(args, name)
+            if given is not None:
+                check_number(name, given, largest, least)
+            if given and args.start and name != "length":
+                raise InputError(f"--{name} has no effect beside --start: the file says it")
+    if args.data is None and args.texts is None:
+        raise InputError("give --data, --texts, or both")
     check_writable(args.out)
     checkpoint = file_beside(args.out, "checkpoint")
     check_no_checkpoint(checkpoint, args.resume)
     if args.resume and args.out.is_file() and not checkpoint.exists():
         raise InputError(f"{args.out} has no checkpoint: there is nothing to resume")
     return args
+
+
+def read_pool(args: Namespace, model: Llama, tokenizer: Tokenizer
+              ) -> tuple[Tensor | Texts, Tensor | Texts]:
+    """What to train on, and what to measure on: of --texts; of --data where that is given to
+    measure on, or nothing else is."""
+    pool = held = None
+    if args.texts:
+        texts = Texts.joined([read_texts(path, model.config) for path in args.texts])
+        pool, held = texts.chosen(~texts.held), texts.chosen(texts.held)
+    if args.data:
+        tokens, held = read_data(tokenizer, args.data, args.suffix, TEXT)
+        pool = tokens if pool is None else pool
+    elif not set(TEMPERATURES) <= set(held.temperature.tolist()):
+        raise InputError("the files of --texts hold no texts out to measure on: give --data too")
+    return pool, held
 
 
 def join_processes(args: Namespace) -> None:
@@ -403,9 +475,7 @@ def main() -> None:
         join_processes(args)
     model, tokenizer = load_model(args, packed=False)
     check_context(model.config.context)
-    pool, held = read_data(tokenizer, args.data, args.suffix, TEXT)
-    if args.texts:
-        pool = read_texts(args.texts, model.config)
+    pool, held = read_pool(args, model, tokenizer)
     try:
         train(args, model, pool, held)
     except KeyboardInterrupt:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from model import Cache, Llama, load_model
 from pass_sampler import Lookahead, Params, draw, load_lookahead, probs
+from support.chat import add_chat, encode_prompt
 from support.errors import InputError, check_number, check_seed, run_script
 from support.prompts import check_prompts
 from support.terminal import add_common, add_params, has_colour, new_parser, read_params, visible
@@ -277,6 +278,7 @@ def parse(parser: ArgumentParser | None = None) -> Namespace:
     add("--lookahead", metavar="FILE|unk|mean", help="of the paper's kind (default: demo/model's)")
     add("--length", type=int, default=3, help="look-ahead tokens of FILE (default: 3)")
     add("--prompt", default="class Reader:\n    def __init__(self", help="text to continue")
+    add_chat(add)
     add_params(add, Params)
     add("--steps", type=int, default=3, help="(default: 3)")
     parser.set_defaults(temperature=1.0)
@@ -300,7 +302,7 @@ def tell(args: Namespace) -> Iterator[list[Line]]:
     if type(lookahead) is not Lookahead:
         raise InputError(f"{args.lookahead} has more than the paper's embeddings, which are all "
                          f"that is shown here")
-    prompt = tokenizer.encode(args.prompt)
+    prompt = encode_prompt(args, args.prompt, tokenizer)
     room = model.config.context - args.steps * (2 + len(lookahead.embeddings))
     if room <= len(prompt):
         raise InputError(f"{args.steps} steps after {len(prompt)} tokens are more than the model's "

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import bench
 from model import load_model
-from pass_sampler import Params
+from pass_sampler import Params, Sampler
 from results.quality import two_sample
 from support.errors import InputError, extra, run_script
 from support.tables import print_tables
@@ -115,14 +115,15 @@ def beginning(problem: dict) -> str:
     return problem["prompt"].rstrip()
 
 
-def right_programs(problems: list[dict], samples: int, tokenizer: Tokenizer, decode: Callable,
-                   seed: int, what: str) -> Tensor:
-    """(problems,samples): 1 where the program passes its tests. decode: of `bench.decoder`."""
-    right = torch.zeros(len(problems), samples)
+def right_programs(problems: list[dict], tokenizer: Tokenizer, sampler: Sampler,
+                   new_tokens: int, seed: int, what: str) -> Tensor:
+    """(problems,rows): 1 where the program passes its tests; rows of the sampler."""
+    right = torch.zeros(len(problems), sampler.rows)
     for i, problem in enumerate(tqdm(problems, what, leave=False, disable=None)):
         prompt = tokenizer.encode(beginning(problem))
         test = f"{problem['test']}\ncheck({problem['entry_point']})"
-        for k, text in enumerate(decode([prompt] * samples, seed + i)["tokens"]):
+        made = sampler.generate([prompt] * sampler.rows, new_tokens, seed + i)
+        for k, text in enumerate(made["tokens"]):
             body = re.split(STOPS, tokenizer.decode(text))[0]
             right[i, k] = ends_well(f"{beginning(problem)}{body}\n{test}")
     return right
@@ -142,10 +143,11 @@ def human_eval(args: Namespace) -> Iterator[str | dict]:
            f"look-ahead {args.lookahead}. From, to: 95 %.")
     for temperature in args.temperatures:
         plain = None
-        decoders = bench.all_decoders(
-            args, model, tokenizer, args.methods, Params(temperature), args.samples, context, None)
-        for number, (name, decode) in enumerate(decoders):
-            right = right_programs(problems, args.samples, tokenizer, decode,
+        params = Params(temperature)
+        for number, spec in enumerate(["autoregressive", *args.methods]):
+            name, make = bench.contender(args, model, tokenizer, spec, params, args.samples)
+            sampler = make(args.samples, context)
+            right = right_programs(problems, tokenizer, sampler, args.new_tokens,
                                    args.seed + 10_000 * number, f"{name} at {temperature:g}")
             plain = right if plain is None else plain
             row = {"temperature": temperature, "method": name}

@@ -2,7 +2,7 @@
 
     python results/peers.py --model DIR --lookahead FILE [--gguf FILE ..]
 
-Each program is a function(new_tokens, params, prompts, seed) that returns tokens, seconds and
+Each program is a function(params, prompts, new_tokens, seed) that returns tokens, seconds and
 prefill_seconds, as `Sampler.generate` does. The first token is the prefill's and is left out.
 """
 import itertools
@@ -20,6 +20,7 @@ import bench
 from model import load_model
 from pass_sampler import Params
 from support.errors import DTYPES, InputError, extra, run_script
+from support.prompts import read_prompts
 from support.tables import print_tables
 from support.terminal import add_common, new_parser, user_path
 
@@ -50,8 +51,8 @@ def others(folder: Path, device: torch.device, gguf: list[Path]) -> dict[str, Ca
     return found
 
 
-def of_transformers(network, options: dict, new_tokens: int, params: Params,
-                    prompts: list[list[int]], seed: int) -> dict:
+def of_transformers(network, options: dict, params: Params, prompts: list[list[int]],
+                    new_tokens: int, seed: int) -> dict:
     """By `generate` of transformers."""
     ids = torch.tensor(prompts, device=network.device)
     sampling = {"do_sample": False}
@@ -70,7 +71,7 @@ def of_transformers(network, options: dict, new_tokens: int, params: Params,
             "seconds": seconds[new_tokens], "prefill_seconds": seconds[1]}
 
 
-def of_llama_cpp(engine, new_tokens: int, params: Params, prompts: list[list[int]], seed: int
+def of_llama_cpp(engine, params: Params, prompts: list[list[int]], new_tokens: int, seed: int
                  ) -> dict:
     """By llama.cpp, which decodes one row."""
     engine.reset()
@@ -91,16 +92,35 @@ def peers(args: Namespace) -> Iterator[str | dict]:
         raise InputError("--new-tokens must be 2 or more: the first is the prefill's")
     model, tokenizer = load_model(args)
     theirs = others(args.model, model.embedding.device, args.gguf or [])
-    yield from bench.compared(args, model, tokenizer, lambda temperature: args.methods, theirs)
+    prompts = read_prompts(args, tokenizer, model.config)
+    yield bench.described(args, model, prompts)
+    yield ("Times as fast as our plain decoding, whole texts, prefill apart: median over prompts, "
+           "with its 95 % interval.")
+    for (kind, some), t, k in itertools.product(prompts.items(), args.temperatures, args.top_k):
+        params = Params(t, k)
+        context = max(map(len, some)) + args.new_tokens
+        functions = {}
+        for spec in ["autoregressive", *args.methods]:
+            name, make = bench.contender(args, model, tokenizer, spec, params, 1)
+            functions[name] = partial(bench.whole_texts, make(1, context))
+        functions |= {name: partial(peer, params) for name, peer in theirs.items()}
+        units = [[prompt] for prompt in some]
+        seconds = bench.decoded(functions, units, args.seed, args.new_tokens, args.rounds,
+                                f"{kind} at {t:g}")
+        for name, taken in seconds.items():
+            middle, low, high = bench.interval(seconds["autoregressive"] / taken)
+            yield {"text": kind, "temperature": t, "top-k": k, "method": name,
+                   "tokens/s": 1 / taken.quantile(0.5).item(),
+                   "times as fast": middle, "from": low, "to": high}
 
 
 def main() -> None:
     parser = new_parser(__doc__)
     add_common(parser.add_argument)
-    bench.add_options(parser.add_argument, bench.DECODING + bench.DRAFTED)
+    bench.add_options(parser.add_argument, bench.TEXTS + bench.DRAFTED + "top-k rounds no-graph")
     parser.add_argument("--gguf", type=user_path, nargs="+",
                         help="for llama.cpp: files of demo/recipes/to_gguf.py")
-    parser.set_defaults(rows=[1])
+    parser.set_defaults(rounds=3)
     args = parser.parse_args()
     bench.check_args(args)
     print_tables(peers(args), args.json)

@@ -71,14 +71,14 @@ def quality(args: Namespace) -> Iterator[str | dict]:
         some = prompts[kind]
         plain = None
         context = max(map(len, some)) + args.new_tokens
-        decoders = bench.all_decoders(
-            args, model, tokenizer, args.methods, Params(t), args.samples, context, None)
-        for number, (name, decode) in enumerate(decoders):
+        for number, spec in enumerate(["autoregressive", *args.methods]):
+            name, make = bench.contender(args, model, tokenizer, spec, Params(t), args.samples)
+            sampler = make(args.samples, context)
             judged = []
             for i in tqdm(range(len(some)), f"{name} at {t:g}", leave=False, disable=None):
                 seed = args.seed + 10_000 * number + i
-                texts = decode([some[i]] * args.samples, seed)["tokens"]
-                judged.append([figures(model, some[i], text) for text in texts])
+                made = sampler.generate([some[i]] * args.samples, args.new_tokens, seed)
+                judged.append([figures(model, some[i], text) for text in made["tokens"]])
             values = torch.tensor(judged)  # (prompts,samples,figures)
             plain = values if plain is None else plain
             row = {"text": kind, "temperature": t, "method": name}

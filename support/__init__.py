@@ -4,9 +4,11 @@ errors.py     how bad input ends: one line, exit code 2; checks; names of device
 storage.py    files that are written whole or not at all; tensors and JSON in files
 checkpoint.py interrupted trainings, look-ahead files, texts that a model wrote
 tokenizer.py  text to token ids and back
+chat.py       a message, written as the model's own template has it
 terminal.py   command lines, and what is printed while a text is made
 prompts.py    prompts: where they come from, and which cannot be continued
 text.py       new texts: where they end, how many steps and drafts they took
 tables.py     tables of figures, on the screen and in JSON files
 data.py       text to train on
+journal.py    what a training says and writes while it goes on
 """

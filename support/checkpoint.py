@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import safe_open
 from torch import Tensor, nn
 
+from support.data import Texts
 from support.errors import DTYPES, InputError
 from support.storage import open_tensors, write_tensors
 
@@ -135,14 +136,22 @@ def check_acceptance(row: dict) -> None:
 
 # ---------------------------------------- texts that a model wrote
 
-def write_texts(texts: Tensor, path: Path, config) -> None:
-    """Save texts (N,T) that the model of this config wrote."""
-    write_tensors({"texts": texts.int()}, path, {"texts": fingerprint(config)})
+def write_texts(texts: Texts, path: Path, config) -> None:
+    """Save texts that the model of this config wrote."""
+    tensors = texts._asdict()
+    tensors["texts"] = tensors.pop("tokens").int()
+    write_tensors(tensors, path, {"texts": fingerprint(config)})
 
 
-def read_texts(path: Path, config) -> Tensor:
-    """The texts (N,T) of a file that beyond/own_texts.py made for this model."""
+def read_texts(path: Path, config) -> Texts:
+    """The texts of a file that beyond/own_texts.py made for this model. Files that it made before
+    it held texts out have only tokens, of whole texts that are all to train on."""
     with open_tensors(path) as file:
         if (file.metadata() or {}).get("texts") != fingerprint(config):
             raise InputError(f"{path} has no texts by this model: make some with beyond.own_texts")
-        return file.get_tensor("texts").long()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    tokens = tensors.pop("texts").long()
+    N, T = tokens.shape
+    none = torch.zeros(N, dtype=torch.float64)
+    old = Texts(tokens, torch.full((N,), 1), torch.full((N,), T), none, none.bool())
+    return old._replace(**tensors)

@@ -1,25 +1,29 @@
-"""Text to train on: files, which of them are held out, pieces of them."""
+"""Text to train on: files, which of them are held out, pieces of them; texts that a model wrote."""
 import hashlib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from support.errors import InputError
-from support.terminal import user_path
+from support.terminal import progress, user_path
 
 TEXT = 128  # tokens of a text to train on
 PROMPT = 48  # tokens of it that stand before the model begins to write
 TEMPERATURES = (0.0, 0.6, 1.0)  # of texts that a model writes, to train and to measure on
 
 
-def add_data(add: Callable) -> None:
+LARGEST = 2**28  # bytes of a file that is read
+
+
+def add_data(add: Callable, required: bool = True) -> None:
     """Add the words that `read_data` takes. add: parser.add_argument."""
-    add("--data", type=user_path, nargs="+", required=True, help="text files, and folders of them")
+    add("--data", type=user_path, nargs="+", required=required,
+        help="text files, and folders of them")
     add("--suffix", default="", help="of the files in folders, such as .py (default: all)")
 
 
@@ -57,14 +61,27 @@ def split_files(paths: list[Path], suffix: str) -> tuple[list[Path], list[Path]]
 def read_data(tokenizer, paths: list[Path], suffix: str, least: int) -> list[Tensor]:
     """Tokens of all files below paths: (N,) to train on and (N,) held out, more than `least`."""
     both = [], []
-    for tokens, names in zip(both, split_files(paths, suffix)):
-        for name in tqdm(names, "reading", leave=False, disable=None):
-            try:
-                content = name.read_bytes()
-            except OSError as error:
-                raise InputError(f"cannot read {name}: {error}") from None
-            if b"\0" not in content:  # A file with a zero byte is no text.
+    files = split_files(paths, suffix)
+    left_out = {f"larger than {LARGEST >> 20} MiB": 0, "no text": 0}
+    large, no_text = left_out
+    with progress(sum(map(len, files)), "reading", "file") as bar:
+        for tokens, names in zip(both, files):
+            for name in names:
+                bar.update()
+                try:
+                    if name.stat().st_size > LARGEST:
+                        left_out[large] += 1
+                        continue
+                    content = name.read_bytes()
+                except OSError as error:
+                    raise InputError(f"cannot read {name}: {error}") from None
+                if b"\0" in content:
+                    left_out[no_text] += 1
+                    continue
                 tokens += tokenizer.encode(content.decode("utf-8-sig", errors="replace"))
+    for why, count in left_out.items():
+        if count:
+            print(f"--data: {count} files are left out: {why}", file=sys.stderr)
     if min(map(len, both)) <= least:
         raise InputError(f"--data has {len(both[0])} tokens and {len(both[1])} held out; more than "
                          f"{least} of both are needed")
@@ -77,7 +94,64 @@ def windows(tokens: Tensor, n: int, length: int, generator: torch.Generator) -> 
     return tokens[starts + torch.arange(length)]
 
 
-def check_context(context: int) -> None:
-    """Raise InputError for a model that cannot read texts of TEXT tokens."""
-    if context < TEXT:
-        raise InputError(f"the model's context of {context} is shorter than the texts of {TEXT}")
+def check_context(context: int, length: int = TEXT) -> None:
+    """Raise InputError for a model that cannot read texts of so many tokens."""
+    if context < length:
+        raise InputError(f"the model's context of {context} is shorter than the texts of {length}")
+
+
+class Texts(NamedTuple):
+    """N texts that a model wrote after prompts, padded at their end."""
+    tokens: Tensor  # (N,T)
+    begin: Tensor  # (N,): tokens of the prompt
+    end: Tensor  # (N,): tokens of prompt and text
+    temperature: Tensor  # (N,)
+    held: Tensor  # (N,) bool: not to train on, but to measure on
+
+    @staticmethod
+    def of(texts: list[list[int]], begin: list[int], temperature: float, held: list[bool]
+           ) -> "Texts":
+        """Of lists of token ids."""
+        rows = [torch.tensor(text) for text in texts]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        end = torch.tensor([*map(len, texts)])
+        return Texts(tokens, torch.tensor(begin), end,
+                     torch.full((len(texts),), temperature, dtype=torch.float64),
+                     torch.tensor(held))
+
+    @staticmethod
+    def joined(parts: list["Texts"]) -> "Texts":
+        """All texts of several."""
+        width = max(part.tokens.shape[1] for part in parts)
+        padded = []
+        for part in parts:
+            room = width - part.tokens.shape[1]
+            padded.append(part._replace(tokens=torch.nn.functional.pad(part.tokens, (0, room))))
+        return Texts(*map(torch.cat, zip(*padded)))
+
+    def chosen(self, which: Tensor) -> "Texts":
+        """Some of them, by number or by a bool for each."""
+        return Texts(*(x[which] for x in self))
+
+    def quarter(self) -> "Texts":
+        """The first quarter of those of each temperature, but at least one."""
+        some = []
+        for t in self.temperature.unique():
+            rows = (self.temperature == t).nonzero()[:, 0]
+            some.append(rows[:max(1, len(rows) // 4)])
+        return self.chosen(torch.cat(some))
+
+
+def long_enough(pool: Tensor | Texts, L: int) -> Tensor | Texts:
+    """The texts of which L look-ahead tokens have something to guess."""
+    if torch.is_tensor(pool):
+        return pool
+    return pool.chosen(pool.end - pool.begin > L)
+
+
+def tokens_of(pool: Tensor | Texts) -> Tensor:
+    """(N,): the tokens of files, or of all texts without what pads them."""
+    if torch.is_tensor(pool):
+        return pool
+    width = pool.tokens.shape[1]
+    return pool.tokens[torch.arange(width) < pool.end[:, None]]

@@ -7,19 +7,22 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from typing import TextIO
 
+from support.chat import add_chat, encode_message
 from support.errors import InputError
 from support.storage import read_json
 from support.terminal import user_path
 
 DEFAULT_PROMPT = "def fibonacci(n):\n"
+DEFAULT_MESSAGE = "Why is the sky blue?"
 
 
 def add_prompt(parser: ArgumentParser) -> None:
     """Add the words that `read_prompt` reads."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help="text to continue")
+    source.add_argument("--prompt", help="text to continue, or with --chat to answer")
     source.add_argument("--prompt-file", type=user_path, help="file whose text to continue")
     source.add_argument("stdin", nargs="?", choices=["-"], help="continue standard input")
+    add_chat(parser.add_argument)
 
 
 def read_prompt(args: Namespace) -> str:
@@ -32,7 +35,8 @@ def read_prompt(args: Namespace) -> str:
         elif args.prompt_file is not None:
             text = args.prompt_file.read_bytes().decode("utf-8-sig")
         else:
-            text = DEFAULT_PROMPT if args.prompt is None else args.prompt
+            default = DEFAULT_MESSAGE if args.chat else DEFAULT_PROMPT
+            text = default if args.prompt is None else args.prompt
         text.encode()  # A command line that is not UTF-8 fails here.
     except (OSError, UnicodeError) as error:
         raise InputError(f"cannot read the prompt: {error}") from None
@@ -60,7 +64,11 @@ def read_prompts(args: Namespace, tokenizer, config) -> dict[str, list[list[int]
         if not isinstance(some, list) or not all(isinstance(text, str) for text in some):
             raise InputError(f"{args.prompts} must hold {{kind: [text, ..]}}, and has no such "
                              f"{kind!r}")
-        prompts[kind] = [tokenizer.encode(text) for text in some[:args.count]]
+        if args.chat:
+            prompts[kind] = [encode_message(args.model, text, tokenizer)
+                             for text in some[:args.count]]
+        else:
+            prompts[kind] = [tokenizer.encode(text) for text in some[:args.count]]
         check_prompts(prompts[kind], args.new_tokens, config.vocab_size, config.context)
         longest = max(map(len, prompts[kind]))
         if longest + args.new_tokens > config.context:  # A text cut short would not compare.

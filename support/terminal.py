@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+from tqdm import tqdm
+
 from support.errors import DTYPES, InputError
 
 
@@ -62,6 +64,12 @@ def read_params(args: Namespace, kind: type) -> object:
         others = [f"--{f.name.replace('_', '-')}" for f in fields(kind)[1:]]
         raise InputError(f"{', '.join(others)} need a --temperature above 0")
     return params
+
+
+def progress(total: int, what: str, unit: str, **options) -> tqdm:
+    """A bar on stderr; in a pipe a line now and then."""
+    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 30, **options)
 
 
 def has_colour() -> bool:

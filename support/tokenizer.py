@@ -12,23 +12,25 @@ from support.storage import read_json, reason
 class Tokenizer:
     """Text to token ids and back.
 
-    encode(text) gives ids, with the beginning-of-text token where the model uses one. pieces[id] is
-    a token's bytes: none for control tokens, one of a character's for byte fallback. unk is the
-    unknown token's id, or None.
+    encode(text) gives ids, with the beginning-of-text token where the model uses one, or without.
+    pieces[id] is a token's bytes: none for control tokens, one of a character's for byte fallback.
+    unk is the unknown token's id, or None.
     """
 
-    def __init__(self, encode: Callable[[str], list[int]], pieces: list[bytes], unk: int | None):
+    def __init__(self, encode: Callable[[str, bool], list[int]], pieces: list[bytes],
+                 unk: int | None):
         self.unchecked = encode
         self.pieces = pieces
         self.unk = unk
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids; raises InputError for what is no Unicode text, such as half a character."""
+    def encode(self, text: str, begin: bool = True) -> list[int]:
+        """Token ids. begin: with what the model puts around a text, such as a first token. Raises
+        InputError for what is no Unicode text, such as half a character."""
         try:
             text.encode()
         except UnicodeError as error:
             raise InputError(f"not a text: {error}") from None
-        return self.unchecked(text)
+        return self.unchecked(text, begin)
 
     def stream(self) -> Callable[[int], str]:
         """A function from the next token id to the text that became whole with it.
@@ -126,8 +128,8 @@ def from_sentencepiece(path: Path, config: dict) -> Tokenizer:
     longest_first = sorted(added, key=len, reverse=True)
     split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
-    def encode(text):
-        tokens = list(bos)
+    def encode(text, begin):
+        tokens = bos * begin
         for part in split.split(text) if added else [text]:
             tokens += [added[part]] if part in added else sp.encode(part)
         return tokens
@@ -176,6 +178,6 @@ def from_tokenizers(path: Path, config: dict) -> Tokenizer:
     pieces = [to_bytes(i) for i in range(1 + max(ids, default=-1))]
     unk = named_token(config.get("unk_token")) or named_token(raw["model"].get("unk_token"))
     unk = hf.token_to_id(unk) if unk else None
-    return Tokenizer(lambda text: hf.encode(text).ids, pieces, unk)
+    return Tokenizer(lambda text, begin: hf.encode(text, add_special_tokens=begin).ids, pieces, unk)
 
 

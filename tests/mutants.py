@@ -18,7 +18,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import torch
 from common import DoesNotFit, planted
 from exact import check_exact
-from test_bench import test_compared, test_interval
+from test_bench import test_decoded, test_factors, test_interval
 from test_beyond import BOTH, test_cover, test_groups, test_rule_for_trees, test_siblings
 from test_equivalence import check_joint, test_probs, test_rule, test_zeros
 from test_model import test_model, test_types
@@ -469,16 +469,21 @@ a step keeps its sampler
 """,
     test_interval: """
 the interval takes rounds for prompts
-- (resamples, n, 1), generator
-+ (resamples, n, rounds), generator
+- (RESAMPLES, n, 1), generator
++ (RESAMPLES, n, rounds), generator
 """,
-    test_compared: """
+    test_factors: """
+a costly step shown as a gain
+- all_of["tokens per step"] / all_of["cost"]
++ all_of["tokens per step"] * all_of["cost"]
+the cost taken for certain
+- costs.double()[turn].quantile(0.5, 1)
++ costs.double().quantile(0.5).expand(RESAMPLES)
+""",
+    test_decoded: """
 prefill counted as decoding
 - result["seconds"] - result["prefill_seconds"]
 + result["seconds"]
-slower shown as faster
-- interval(plain / taken)
-+ interval(taken / plain)
 """,
 }
 

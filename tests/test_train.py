@@ -24,7 +24,8 @@ import train_lookahead
 from beyond.training import initial_memory, initial_parts
 from model import Cache, Config, Llama
 from support.checkpoint import fingerprint, read_texts
-from support.data import read_data, split_files
+from support.data import Texts, read_data, split_files
+from support.storage import write_tensors
 from support.tokenizer import load_tokenizer
 
 SMALL = ["--length", "2", "--memory", "3", "--head", "4"]
@@ -98,14 +99,17 @@ def test_expected(code=REAL):
     drafts y: sum_x m1(x) (1 + sum_y m2(y) (1 + sum_z m3(z))), m = min(p, q) after x and y."""
     model, g = code.tiny(4), torch.Generator().manual_seed(3)
     lookahead = code.random_lookahead(model, 3).ready(model)
-    train_module, n = code.train_lookahead, code.train_lookahead.PROMPT
+    train_module, n = code.train_lookahead, 40
     text = torch.randint(4, (1, n + 4), generator=g).repeat(16, 1)
+    texts = Texts.of(text.tolist(), [n] * 16, 1.0, [True] * 16)  # In these is one place.
     x, y = torch.arange(16) // 4, torch.arange(16) % 4
     text[:, n + 1] = x  # what LA_1 guesses
     text[:, n + 2] = y
+    texts = texts._replace(tokens=text)
     with torch.no_grad():
         share, chain = train_module.measure(
-            model, lookahead, code.pass_sampler.Params(1), text, 0, g, train_module.accepted_once)
+            model, lookahead, code.pass_sampler.Params(1), texts, 0, g, train_module.accepted_once)
+        share, chain = (x[::train_module.MEASURED_PLACES] for x in (share, chain))
         places, offset = torch.full((16, 1), n), torch.zeros(16, dtype=torch.long)
         read = train_module.prefix(model, text, offset, 3)
         h, target, _ = train_module.states(model, lookahead, text, places, offset, *read)
@@ -123,10 +127,12 @@ def test_evaluate(code=REAL):
     that depends on the position."""
     model, g = code.tiny(4, context=200), torch.Generator().manual_seed(0)
     module, lookahead = code.train_lookahead, code.random_lookahead(model, 2)
-    text, tables = torch.randint(4, (6, module.PROMPT + 32), generator=g), []
+    text, tables = torch.randint(4, (6, 80), generator=g), []
+    parts = [Texts.of(text.tolist(), [40] * 6, t, [True] * 6) for t in (0.0, 1.0)]
     for position in (0, 40):
-        table = module.evaluate(model, lookahead, {0.0: text, 1.0: text}, position)
-        places = torch.arange(module.PROMPT, text.shape[1] - 2, 6).expand(6, -1)
+        table = module.evaluate(model, lookahead, Texts.joined(parts), position)
+        spread = (torch.arange(module.MEASURED_PLACES) + 0.5) / module.MEASURED_PLACES
+        places = (40 + spread * (40 - 2)).long().expand(6, -1)
         offset = torch.full((6,), position)
         with torch.no_grad():
             read = module.prefix(model, text, offset, 2 * places.shape[1])
@@ -158,7 +164,8 @@ def test_frozen(code=REAL):
     model, pool = code.tiny(30, context=200), torch.randint(30, (900,), generator=g)
     before = copy.deepcopy(model.state_dict())
     args = SimpleNamespace(
-        length=2, memory=2, head=3, batch=8, seed=0, steps=2, process=0, processes=1)
+        length=2, memory=2, head=3, batch=8, seed=0, steps=2, process=0, processes=1,
+        start=None)
     parts = train_module.initial(model, pool, args)
     optimizer = train_module.optimizer_of(parts)
     for columns in train_module.batches(model, pool, args, 0):
@@ -192,7 +199,7 @@ def lines_of(out):
 def test_trains_the_lookahead(train, folder, tmp_path):
     out = tmp_path / "a.safetensors"
     code, said, err = train(out, "--steps", 200, "--objective", "kl")
-    assert code == 0 and "a.safetensors: 200 steps" in said, err
+    assert code == 0 and "for 200 steps" in said and "min for the 197 steps left" in err, err
     with safe_open(out, "pt") as file:
         about = json.loads(file.metadata()["lookahead"])
         assert sorted(file.keys()) == ["embeddings", "head_in", "head_out", "memory"]
@@ -205,7 +212,7 @@ def test_trains_the_lookahead(train, folder, tmp_path):
     assert about["settings"]["objective"] == "kl" and about["steps"] == 200
     assert about["model"] == fingerprint(Config.load(folder))
     lines = lines_of(out)
-    assert [line["step"] for line in lines] == [*range(0, 201, 20)]
+    assert [line["step"] for line in lines] == [0, 33, 66, 100, 133, 166, 200]
     assert lines[-1]["acceptance"] == trained and lines[-1]["loss"] < lines[1]["loss"]
     first, last = (line["acceptance"]["1.0"]["by_position"][0] for line in (lines[0], lines[-1]))
     assert last > first + 0.02
@@ -260,8 +267,8 @@ def test_texts_are_read_anew_and_places_used_once(monkeypatch):
     monkeypatch.setattr(train_lookahead, "READ_FOR", 3)
     pool = torch.randint(30, (900,), generator=torch.Generator().manual_seed(0))
     args = SimpleNamespace(length=2, batch=5, steps=6, seed=0, process=0, processes=1)
-    batches = train_lookahead.batches(tiny(30, context=200), pool, args, 0)
-    texts, places, offsets, *_ = zip(*batches)
+    model = tiny(30, context=200)
+    texts, places, offsets, *_ = zip(*train_lookahead.batches(model, pool, args, 0))
     offsets = torch.cat(offsets).tolist()
     assert len(set(offsets)) > 5
     assert 0 <= min(offsets) <= max(offsets) < 200 - train_lookahead.TEXT - 2
@@ -270,6 +277,15 @@ def test_texts_are_read_anew_and_places_used_once(monkeypatch):
     for row in torch.cat(places[:3], 1).tolist():
         assert len(set(row)) == 3 * train_lookahead.PLACES
         assert 1 <= min(row) <= max(row) <= train_lookahead.TEXT - 1 - 2
+    # Of texts that the model wrote, places only in what it wrote; each text here is of one token.
+    rows = [[i] * (20 + i) for i in range(30)]
+    written = Texts.of(rows, [8] * 30, 1.0, [False] * 30)
+    texts, places, *_ = zip(*train_lookahead.batches(model, written, args, 0))
+    tokens = torch.cat([text[:, 0] for text in texts])
+    assert len(tokens.unique()) > 5
+    last = 20 + tokens[:, None] - 1 - 2
+    assert (8 <= torch.cat(places)).all() and (torch.cat(places) <= last).all()
+    assert (torch.cat(places) == last).any() and (torch.cat(places) == 8).any()
 
 
 def test_what_is_left_out_of_the_data(folder, data, tmp_path, capsys):
@@ -302,12 +318,27 @@ def test_trains_on_texts_that_the_model_writes(train, folder, data, tmp_path, ca
     assert run_main(beyond.own_texts, capsys, *words)[0] == 0
     model = Llama.load(folder)
     pool = read_texts(texts, model.config)
-    assert pool.shape == (6, 128) and model.config.stop_tokens == (2,)
-    h = model(pool[:, :-1], Cache(model, 6, 128))
-    best = (model.logits(h).argmax(-1) == pool[:, 1:])[:, 47:].float().mean(1)
-    assert (best[:2] > 0.95).all() and (best[4:] < 0.95).all()
+    assert pool.held.tolist() == [False, False, True] * 3 and model.config.stop_tokens == (2,)
+    assert pool.tokens.shape == (9, 128) and set(pool.end.tolist()) == {128}
+    h = model(pool.tokens[:, :-1], Cache(model, 9, 128))
+    best = (model.logits(h).argmax(-1) == pool.tokens[:, 1:])[:, 47:].float().mean(1)
+    assert (best[:3] > 0.95).all() and (best[6:] < 0.95).all()
     code, out, err = train(tmp_path / "out", "--texts", texts, "--steps", 2)
     assert code == 0 and "2 steps" in out, err
+    words = ["--model", folder, "--texts", texts, "--steps", 1, "--out", tmp_path / "more"]
+    more = [*words, "--start", tmp_path / "out", "--length", 1]
+    code, out, err = run_main(train_lookahead, capsys, *more)  # no --data: its held-out texts
+    assert code == 0 and "drafts accepted per step" in err, err
+    before, after = load_file(tmp_path / "out"), load_file(tmp_path / "more")
+    assert len(after["embeddings"]) == 1 and after.keys() == before.keys()
+    for name in ("memory", "head_in"):  # A step of Adam moves each number by a tenth of its rate.
+        assert 0 < (after[name] - before[name]).abs().max() < 0.01
+    assert "the file says it" in run_main(train_lookahead, capsys, *more, "--head", 4)[2]
+    write_tensors({"texts": pool.tokens[:6].int()}, texts, {"texts": fingerprint(model.config)})
+    old = read_texts(texts, model.config)  # as it was written before texts were held out
+    assert old.begin.tolist() == [1] * 6 and old.end.tolist() == [128] * 6
+    assert "hold no texts out" in run_main(train_lookahead, capsys, *words)[2]
+    assert train(tmp_path / "old", "--texts", texts, "--steps", 1)[0] == 0
     for other in (folder / "model.safetensors", tmp_path / "out"):
         code, _, err = train(tmp_path / "out", "--texts", other)
         assert code == 2 and "no texts by this model" in err

@@ -109,6 +109,7 @@ def distilled(args):
     large = Llama.load(args.model, dtype, device, packed=False)
     yield bench.machine(large)
     texts = read_texts(args.texts, large.config)
+    texts = texts.tokens[texts.end == texts.tokens.shape[1]]  # Others are padded at their end.
     if len(texts) <= HELD:
         raise InputError(f"{args.texts} has {len(texts)} texts; more than {HELD} are needed")
     try:

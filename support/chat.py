@@ -1,0 +1,75 @@
+"""Chat: a message, written as the model's own template has it."""
+from argparse import Namespace
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from support.errors import InputError, extra
+from support.storage import read_json
+from support.tokenizer import Tokenizer, named_token
+
+
+def add_chat(add: Callable) -> None:
+    """Add the words that `encode_prompt` takes. add: parser.add_argument."""
+    add("--chat", action="store_true", help="answer the prompt, a message to a chat model")
+    add("--system", metavar="TEXT", help="with --chat: what the model is told before the message")
+
+
+def encode_prompt(args: Namespace, text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a command line's prompt: a text to continue, or with --chat one to answer."""
+    if args.system is not None and not args.chat:
+        raise InputError("--system needs --chat")
+    if args.chat:
+        return encode_message(args.model, text, tokenizer, args.system)
+    return tokenizer.encode(text)
+
+
+def encode_message(folder: Path, message: str, tokenizer: Tokenizer, system: str | None = None
+                   ) -> list[int]:
+    """Token ids of a message in the chat template of a model's folder, up to where the answer
+    begins. A beginning-of-text token is there if the template has one.
+
+    Raises InputError where there is no template, or where it refuses the messages.
+    """
+    template, names = chat_template(folder)
+    messages = [{"role": "user", "content": message}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+
+    def refuse(text):
+        raise ValueError(text)
+
+    # Some templates come from strangers: in a sandbox they cannot reach files or other code.
+    sandbox = extra("jinja2.sandbox", "pip install jinja2")
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.globals |= {
+        "raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    try:
+        text = environment.from_string(template).render(
+            messages=messages, add_generation_prompt=True, **names)
+    except Exception as error:  # It is a program, and may raise anything.
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"the chat template of {folder} cannot write this: {said[:200]}") from None
+    return tokenizer.encode(text, begin=False)
+
+
+def chat_template(folder: Path) -> tuple[str, dict[str, str]]:
+    """The chat template of a folder, and {name: token} of the special tokens that it may name."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, each with a name
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = {entry.get("name"): entry.get("template") for entry in named}.get("default")
+    beside = folder / "chat_template.jinja"
+    if beside.exists():
+        try:
+            template = beside.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise InputError(f"cannot read {beside}: {error}") from None
+    if not isinstance(template, str):
+        raise InputError(f"{folder} has no chat template, so --chat does not know how a message "
+                         f"looks to this model; without --chat the prompt is continued")
+    names = {name: named_token(token) for name, token in config.items() if name.endswith("_token")}
+    return template, {name: token for name, token in names.items() if token is not None}
