@@ -48,7 +48,7 @@ measure = mkdir -p $(OUT); $(IN) $(2) --json $(OUT)/$(1).json
 PAPER = pass:unk pass:demo/smollm2-paper.safetensors
 SPEED = bench.py speed $(SMOLLM2) --temperatures 0 1 --methods \
 	$(PAPER) pass=3 pass fused=1 "tree=0 1"
-QUALITY = results/quality.py $(SMOLLM2) --count 20 --samples 24
+QUALITY = results/quality.py $(SMOLLM2) --temperatures 0.6 1
 
 bench: $(VENV)/bench models/smollm2/model.safetensors  ## the main tables: half an hour
 	$(call measure,smollm2-cost,bench.py cost --model models/smollm2)
@@ -71,10 +71,9 @@ bench-long: $(VENV)/bench models/smollm2/model.safetensors  ## the other tables:
 	$(call measure,smollm2-speed-again,$(SPEED))
 	$(call measure,smollm2-rows,bench.py speed $(SMOLLM2) --kinds code --count 16 --new-tokens 32 \
 		--temperatures 0 --rows 1 2 4 8 16 --decode 0)
-	$(call measure,smollm2-quality,$(QUALITY) --temperatures 0.6 1)
-	$(call measure,smollm2-quality-again,$(QUALITY) --temperatures 0.6 1 --seed 1000)
-	$(call measure,smollm2-quality-third,$(QUALITY) --temperatures 1 --seed 2000 \
-		--kinds prose --methods pass)
+	$(call measure,smollm2-quality,$(QUALITY) --methods $(PAPER) pass fused=1 "tree=0 1")
+	$(call measure,smollm2-quality-cut,$(QUALITY) --methods pass fused=1 --top-k 20 --top-p 0.9)
+	$(call measure,smollm2-quality-bug,$(QUALITY) --methods $(PAPER) pass --bug)
 	$(IN) results/humaneval.py $(SMOLLM2) --methods pass=3 fused=1 --problems 33 \
 		--execute --json $(OUT)/smollm2-humaneval.json
 	$(IN) results/page.py

@@ -24,7 +24,6 @@ from tqdm import tqdm
 import bench
 from model import load_model
 from pass_sampler import Params, Sampler
-from results.quality import two_sample
 from support.errors import InputError, extra, run_script
 from support.tables import print_tables
 from support.terminal import add_common, new_parser
@@ -113,6 +112,21 @@ def chosen(problems: list, count: int) -> list:
 def beginning(problem: dict) -> str:
     """What the model continues."""
     return problem["prompt"].rstrip()
+
+
+def two_sample(a: Tensor, b: Tensor, rounds: int = 9999) -> float:
+    """p-value of a permutation test of equal means. a, b (problems,samples): under the null
+    hypothesis, that all samples of a problem come from one distribution, any exchange between a and
+    b within a problem is as likely."""
+    both = torch.cat([a, b], 1).double()
+    n = a.shape[1]
+    order = torch.rand(rounds, *both.shape, generator=torch.Generator().manual_seed(0)).argsort(2)
+    shuffled = both.expand(rounds, -1, -1).gather(2, order)
+
+    def gap(x):
+        return (x[..., :n].mean((-2, -1)) - x[..., n:].mean((-2, -1))).abs()
+
+    return (1 + (gap(shuffled) >= gap(both) - 1e-12).sum().item()) / (1 + rounds)
 
 
 def right_programs(problems: list[dict], tokenizer: Tokenizer, sampler: Sampler,

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import REAL, run_main, tiny, whole
+from common import REAL, run_main, tiny
 
 import bench
+import pass_sampler
 from model import Config
 from pass_sampler import Params, Sampler, load_lookahead
 from results import humaneval, quality
@@ -193,50 +194,51 @@ def test_length_and_memory(call, lookahead):
 
 
 def test_quality_sees_what_differs(call, monkeypatch):
-    """log p is that of the model's own columns; a method that samples at half the temperature is
-    found out."""
-    real, seen = Sampler.generate, {}
-
-    def colder(self, *words, **more):
-        half = self.params.temperature / 2
-        self.params = Params(half) if self.name == "pass" else self.params
-        result = real(self, *words, **more)
-        seen[self.name] = self.model, words[0][0], result["tokens"]
-        return result
-
-    monkeypatch.setattr(Sampler, "generate", colder)
-    words = ["quality", "--kinds", "code", "--temperatures", 1]
-    out, rows = call(*words, "--count", 3, "--samples", 8, "--new-tokens", 30)
-    assert [row["method"] for row in rows] == ["autoregressive", "pass", "fused=1"]
-    assert rows[1]["p-value (log p)"] < 0.01 < rows[2]["p-value (log p)"]
-    assert rows[0]["p-value (log p)"] == "" and 0 < rows[1]["power (log p)"] <= 1
-    assert "--samples must be 2" in call(*words, "--samples", 1, ok=False)
-    out, rows = call(*words, "--count", 1, "--samples", 2, "--new-tokens", 9, "--methods")
-    model, prompt, texts = seen["autoregressive"]
-    expected = []
-    for text in texts:
-        log_p = whole(model, prompt + text).log_softmax(-1)[len(prompt) - 1:-1]
-        expected.append(log_p.gather(1, torch.tensor(text)[:, None]).mean().item())
-    assert rows[0]["log p"] == pytest.approx(sum(expected) / 2, abs=1e-4)
+    """Null hypothesis: each token is from the model's distribution. Of 4 cells the right ones have
+    p-values above 1e-6. Those of the planted bug, a residual of p, lie below .001."""
+    words = ["quality", "--kinds", "code", "--temperatures", 0.6, "--top-k", 0, 9, "--tokens", 9000,
+             "--new-tokens", 60, "--methods", "pass", "fused=1"]
+    out, rows = call(*words)
+    assert [(row["top-k"], row["method"]) for row in rows] == [*itertools.product(
+        (0, 9), ("pass", "fused=1"))]
+    for row in rows:
+        assert row["p-value"] > 1e-6 and row["tokens"] >= 9000
+        assert row["corrected"] == min(1, 4 * row["p-value"])
+    monkeypatch.setattr(pass_sampler, "residual", pass_sampler.residual)  # put back at the end
+    out, rows = call(*words, "--top-k", 0, "--tokens", 20000, "--bug")
+    assert max(row["p-value"] for row in rows) < 1e-3, rows
+    assert "nothing random" in call(*words[:3], "--temperatures", 0, ok=False)
 
 
-def test_two_samples_and_their_power():
-    """Null hypothesis: both samples of a prompt come from one distribution, however the prompts
-    differ. 5 prompts of 8 samples, 200 times: of valid p-values at most 5 % lie below 0.05, so more
-    than 24 do by a chance below 1e-4. `power` says how often a shift is found: 200 times one of
-    0.6 deviations, within 4 standard errors."""
+def test_p_values_of_places():
+    """Null hypothesis: tokens are drawn from their p. 300 experiments of 400 tokens: at most 5 % of
+    valid p-values lie below .05, so more than 33 do by a chance below 1e-4. Of tokens drawn at
+    another temperature nearly all do."""
+    g = torch.Generator().manual_seed(0)
+
+    def p(warmer):
+        logits = 2 * torch.randn(400, 30, generator=g)
+        tokens = torch.multinomial((logits / warmer).softmax(1), 1, generator=g)[:, 0]
+        v = torch.rand(400, dtype=torch.float64, generator=g)
+        return quality.p_value(quality.places(logits.softmax(1), tokens, v))[1]
+
+    assert sum(p(1) <= 0.05 for _ in range(300)) <= 33
+    assert sum(p(1.3) <= 0.05 for _ in range(40)) >= 36
+
+
+def test_two_samples():
+    """Null hypothesis: both samples of a problem come from one distribution, however the problems
+    differ. 5 problems of 8 samples, 200 times: of valid p-values at most 5 % lie below 0.05, so
+    more than 24 do by a chance below 1e-4. A shift of 2 deviations is found."""
     g = torch.Generator().manual_seed(0)
     level = 100 * torch.randn(5, 1, generator=g)
 
     def p(shift):
         a, b = torch.randn(2, 5, 8, generator=g)
-        return quality.two_sample(level + a, level + b + shift, 999)
+        return humaneval.two_sample(level + a, level + b + shift, 999)
 
     assert sum(p(0) <= 0.05 for _ in range(200)) <= 24
-    of_variance_1 = torch.tensor([-1.0, 1.0] * 4).expand(5, 8) * (7 / 8) ** 0.5
-    promised = quality.power(of_variance_1, 0.6)
-    found = sum(p(0.6) <= 0.05 for _ in range(200)) / 200
-    assert abs(found - promised) < 4 * (promised * (1 - promised) / 200) ** 0.5
+    assert p(2) < 0.01
 
 
 # --------------------------------------------------- HumanEval
