@@ -21,6 +21,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,9 +46,9 @@ from train_lookahead import evaluate
 ROOT = Path(__file__).resolve().parent
 
 RESAMPLES = 2000  # of a bootstrap
-SIDE_BY_SIDE = 16  # prompts whose steps are counted at once
-STEPS = 4  # of which the time is taken at once
-MOST_PER_STEP = 66  # tokens
+SIDE_BY_SIDE = 16  # rows, when steps are counted
+STEPS = 4  # in one timing
+MOST_PER_STEP = 66  # tokens: 64 look-ahead tokens give at most 2 more
 
 # ------------------------------------------------------------- timing
 
@@ -91,7 +92,7 @@ def factors(counts: Tensor, costs: Tensor) -> dict[str, tuple[float, float, floa
     and its 95 % interval, (middle, low, high).
 
     counts (n,2): new tokens and steps of n prompts, of which the bootstrap draws n anew. costs
-    (rounds,): seconds of a step by those of a plain one in the same round; their median counts.
+    (rounds,): seconds of a step / seconds of a plain step in the same round. Their median counts.
     """
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(len(counts), (RESAMPLES, len(counts)), generator=generator)
@@ -113,18 +114,27 @@ def in_columns(found: dict[str, tuple[float, float, float]]) -> dict[str, float]
     return row
 
 
-def count_steps(sampler: Sampler, prompts: list[list[int]], new_tokens: int, seed: int
-                ) -> tuple[Tensor, list[list[int]]]:
-    """(n,2): new tokens and steps of each prompt; and the texts. Many are decoded side by side. No
-    token ends a text: unequal lengths do not compare."""
+class Counted(NamedTuple):
+    """What n prompts came to."""
+    counts: Tensor  # (n,2): new tokens and steps
+    texts: list[list[int]]
+    accepted: Tensor  # (drafts,): the share of steps that kept d_1; d_1 and d_2; ..
+
+
+def count_steps(sampler: Sampler, prompts: list[list[int]], new_tokens: int, seed: int,
+                stop_tokens: tuple | None = ()) -> Counted:
+    """Decode many prompts side by side. stop_tokens: as in `Sampler.generate`."""
     counts = []
     texts = []
+    kept = 0.0
     for i in range(0, len(prompts), sampler.rows):
         some = prompts[i:i + sampler.rows]
-        result = sampler.generate(some, new_tokens, seed + i, stop_tokens=())
+        result = sampler.generate(some, new_tokens, seed + i, stop_tokens=stop_tokens)
         counts += zip(map(len, result["tokens"]), result["steps"])
         texts += result["tokens"]
-    return torch.tensor(counts), texts
+        kept = kept + sum(result["steps"]) * torch.tensor(result["accepted_at_least"])
+    counts = torch.tensor(counts)
+    return Counted(counts, texts, kept / counts[:, 1].sum())
 
 
 @torch.inference_mode()
@@ -178,7 +188,7 @@ def parameters(model: Llama) -> int:
 def described(args: Namespace, model: Llama, prompts: dict) -> str:
     """What was measured, in one line."""
     lengths = [len(prompt) for some in prompts.values() for prompt in some]
-    return (f"{machine(model)}. {len(lengths)} held-out prompts of {min(lengths)} to "
+    return (f"{machine(model)}. {len(lengths)} prompts of {min(lengths)} to "
             f"{max(lengths)} tokens, {args.new_tokens} new ones. Look-ahead, where none is named: "
             f"{args.lookahead}.")
 
@@ -227,38 +237,43 @@ def compared(args: Namespace, model: Llama, tokenizer: Tokenizer, methods: Calla
     """Paragraphs and rows: for each kind of prompt, number of rows, temperature and top-k, the
     methods that methods(temperature) names, against plain decoding."""
     yield described(args, model, prompts)
-    yield (f"Gain: tokens per step by the cost of a step, which is counted in plain steps. Tokens "
-           f"per step: of all prompts. Cost: median of {args.rounds} interleaved rounds. From, to: "
-           f"95 % intervals. Decoded: times as fast in whole decodes, of {args.decode} prompts. "
-           f"Same text: as plain decoding, greedy.")
+    yield (f"Gain = tokens per step / cost of a step; a step of plain decoding costs 1. Tokens per "
+           f"step: over all prompts. Cost: just after the prompt of median length, median of "
+           f"{args.rounds} interleaved rounds of {STEPS} steps. From, to: 95 % intervals. "
+           f"Accepted: the shares of steps that kept 1, 2, .. drafts or more. Decoded: times as "
+           f"fast in whole decodes of a few prompts. Same text: the share of greedy texts that "
+           f"equal plain decoding's.")
     for kind, rows, t, k in itertools.product(prompts, args.rows, args.temperatures, args.top_k):
         some = prompts[kind]
         context = max(map(len, some)) + max(args.new_tokens, (1 + STEPS) * MOST_PER_STEP)
         specs = ["autoregressive", *methods(t)]
         makers = dict(
             contender(args, model, tokenizer, spec, Params(t, k), rows) for spec in specs)
-        counts = {}
-        texts = {}
+        counted = {}
         for name, make in makers.items():
             many = make(min(len(some), SIDE_BY_SIDE), context)
-            counts[name], texts[name] = count_steps(many, some, args.new_tokens, args.seed)
+            # A chat's answer ends; what would come after it repeats itself and is easy to guess.
+            stop_tokens = None if args.chat else ()
+            counted[name] = count_steps(many, some, args.new_tokens, args.seed, stop_tokens)
         samplers = {name: make(rows, context) for name, make in makers.items()}
         steps = {name: partial(timed_steps, sampler) for name, sampler in samplers.items()}
         usual = sorted(some, key=len)[len(some) // 2]
         seconds = interleaved(steps, [[usual] * rows], args.rounds, f"{kind} at {t:g}")
         whole = {}
         if args.decode:
-            units = [(some * rows)[i:i + rows] for i in range(0, args.decode * rows, rows)]
+            few = min(args.decode, len(some)) * rows
+            units = [(some * rows)[i:i + rows] for i in range(0, few, rows)]
             writers = {name: partial(whole_texts, sampler) for name, sampler in samplers.items()}
             whole = decoded(writers, units, args.seed, args.new_tokens, 1, "whole decodes")
         plain = "autoregressive"
         for name in samplers:
             row = {"text": kind, "temperature": t, "top-k": k, "rows": rows, "method": name}
-            row |= in_columns(factors(counts[name], (seconds[name] / seconds[plain])[0]))
+            row["accepted"] = " ".join(f"{share:.2f}" for share in counted[name].accepted.tolist())
+            row |= in_columns(factors(counted[name].counts, (seconds[name] / seconds[plain])[0]))
             if args.decode:
                 row["decoded"] = (whole[plain] / whole[name]).quantile(0.5).item()
             if t == 0:
-                same = sum(map(operator.eq, texts[plain], texts[name]))
+                same = sum(map(operator.eq, counted[plain].texts, counted[name].texts))
                 row["same text %"] = 100 * same / len(some)
             yield row
 
@@ -455,12 +470,13 @@ OPTIONS = {
                     help="JSON {kind: [text, ..]} (default: demo/prompts.json)"),
     "chat": dict(action="store_true", help="the prompts are messages to a chat model"),
     "kinds": dict(nargs="+", metavar="KIND", help="of the prompts (default: all)"),
-    "count": dict(type=int, default=40, help="prompts of each kind (default: 40)"),
-    "new-tokens": dict(type=int, default=64, help="(default: 64)"),
+    "count": dict(type=int, default=40,
+                  help="prompts of each kind, at most (default: %(default)s)"),
+    "new-tokens": dict(type=int, default=64, help="(default: %(default)s)"),
     "temperatures": dict(type=float, nargs="+", default=[0.0, 0.6, 1.0], help="(default: 0 .6 1)"),
     "top-k": dict(type=int, nargs="+", default=[0], help="0 is off (default: 0)"),
     "rows": dict(type=int, nargs="+", default=[1], help="prompts side by side (default: 1)"),
-    "rounds": dict(type=int, default=30, help="(default: 30)"),
+    "rounds": dict(type=int, default=30, help="(default: %(default)s)"),
     "decode": dict(type=int, default=4, help="prompts to decode whole, as a check (default: 4)"),
     "no-graph": dict(action="store_true", help="record no CUDA graph"),
     "shape": dict(choices=["1b", "7b"], help="random weights of that size, in place of --model"),

@@ -64,11 +64,11 @@ from support.tokenizer import Tokenizer
 PLACES = 4  # M, per text and step
 READ_FOR = 16  # steps: to read a batch of texts costs more than a step, so each is read once for 16
 MEASURED = 32  # texts per temperature to measure on, at most
-MEASURED_TOKENS = 64  # that the model writes for such a text
+MEASURED_TOKENS = 65  # that the model writes for such a text: for 64 look-ahead tokens, enough
 MEASURED_PLACES = 12  # in a text, where drafts are made
 EVALUATIONS = 10  # on the way, at most
 CHECKPOINT_SECONDS = 20
-# These may differ on --resume. Hashes stand for the model, data and texts.
+# These may differ on --resume. Hashes stand for the model, data, texts and start.
 MOVABLE = ("model", "data", "texts", "start", "device", "out", "resume", "process", "processes",
            "began")
 
@@ -87,11 +87,11 @@ def prefix(model: Llama, text: Tensor, offset: Tensor, room: int) -> tuple[Cache
 
 
 def places_of(begin: Tensor, end: Tensor, L: int, shares: Tensor) -> Tensor:
-    """Places (B,M) in texts that the model wrote from token begin (B,) to end (B,). shares (B,M),
-    from 0 to 1: from the first place to the last from which L look-ahead tokens guess tokens of the
-    text."""
-    room = end - begin - L
-    return begin[:, None] + (shares * room[:, None]).long()
+    """Places (B,M) in texts of which the model wrote the tokens from begin (B,) to end (B,). A
+    share (B,M) of 0 is the first place; one just below 1 is the last after which all L guesses are
+    tokens of the text."""
+    room = (end - begin - L)[:, None]
+    return begin[:, None] + (shares * room).long().minimum(room - 1)  # Rounding can make a share 1.
 
 
 def states(model: Llama, lookahead: Lookahead, text: Tensor, places: Tensor, offset: Tensor,
@@ -233,12 +233,12 @@ def mean_embedding(model: Llama, tokens: Tensor, args: Namespace, generator: Gen
 
 PARTS = [Part(
     {"length": dict(type=int, help="look-ahead tokens L (default: 4, or those of --start)")},
-    {"length": (1, 64)}, mean_embedding, {"embeddings": 0.02})]
+    {"length": (1, MEASURED_TOKENS - 1)}, mean_embedding, {"embeddings": 0.02})]
 
 
 def initial(model: Llama, tokens: Tensor, args: Namespace) -> dict[str, Tensor]:
-    """{name: float32 parameter} of the file to start from, or of all that the command line asks
-    for. It sets args.length."""
+    """{name: float32 parameter}: those in the file of --start, or new ones as the command line
+    asks. Sets args.length."""
     found = {}
     if args.start:
         found, _ = lookahead_tensors(args.start, model, args.length)
@@ -275,7 +275,7 @@ def batches(model: Llama, pool: Tensor | Texts, args: Namespace, first: int) -> 
                 some = torch.randint(len(pool.end), (args.batch,), generator=generator)
                 text, begin, end, *_ = pool.chosen(some)
                 text = text[:, :end.max()]
-            # Each step takes other places, in random order, which are evenly spread over the text.
+            # Evenly spread places, in random order. A text with fewer of them has some twice.
             n = READ_FOR * PLACES
             order = torch.rand(args.batch, n, generator=generator).argsort(1)
             shift = torch.rand(args.batch, 1, generator=generator)
@@ -315,9 +315,9 @@ def optimizer_of(tensors: dict[str, Tensor]) -> torch.optim.Optimizer:
 
 
 def plan(args: Namespace) -> tuple[int, int]:
-    """How many texts per temperature to measure on at the end; and how often before, on a quarter
-    of them. Both together take a tenth of the run, or as little as makes sense. Work is counted in
-    columns, of which one with gradients counts as three."""
+    """(texts per temperature to measure on at the end, evaluations before it). Those before use a
+    quarter of the texts. Both together take about a tenth of the run, or as little as makes sense.
+    Work is counted in columns; a column with gradients counts as three."""
     L = args.length
     run = args.steps * args.batch * (TEXT / READ_FOR + 3 * PLACES * L)
     one = len(TEMPERATURES) * (PROMPT + MEASURED_TOKENS + MEASURED_PLACES * L)
@@ -352,8 +352,9 @@ def train(args: Namespace, model: Llama, pool: Tensor | Texts, held: Tensor | Te
     pool, held = long_enough(pool, args.length), long_enough(held, args.length)
     settings = {name: str(value) for name, value in vars(args).items() if name not in MOVABLE}
     settings["model"] = fingerprint(model.config)
-    began_as = [part.detach() for part in parts.values()] if args.start else []
-    settings["data and weights"] = digest(model, tokens_of(pool), tokens_of(held), *began_as)
+    settings["data and weights"] = digest(model, tokens_of(pool), tokens_of(held))
+    if args.start:
+        settings["start"] = digest(model, *(part.detach() for part in parts.values()))
     optimizer = optimizer_of(parts)
     moments = {name: optimizer.state[p] for name, p in parts.items()}
     state = new_state(settings)
@@ -362,7 +363,8 @@ def train(args: Namespace, model: Llama, pool: Tensor | Texts, held: Tensor | Te
     if args.resume and checkpoint.exists():
         state = read_checkpoint(checkpoint, settings, parts, moments)
     if args.resume and leads:
-        print(f"going on from step {state['step']}", file=sys.stderr)
+        print(f"going on from step {state['step']}" if state["step"] else
+              "there is no checkpoint yet: beginning with step 0", file=sys.stderr)
     when = []
     if leads:
         count, evaluations = plan(args)
@@ -406,7 +408,8 @@ def parse() -> Namespace:
     add = parser.add_argument
     add_common(add)
     add_data(add, required=False)
-    add("--texts", type=user_path, nargs="+", help="of beyond/own_texts.py, to train on")
+    add("--texts", type=user_path, nargs="+", action="extend",
+        help="of beyond/own_texts.py, to train on; --data is then only to measure on")
     add("--start", type=user_path, metavar="FILE", help="a look-ahead to train further")
     add("--objective", choices=["ce", "kl", "tv"], default="ce", help="(default: ce, the paper's)")
     for part in PARTS:
@@ -427,7 +430,7 @@ def parse() -> Namespace:
             given = getattr(args, name)
             if given is not None:
                 check_number(name, given, largest, least)
-            if given and args.start and name != "length":
+            if given is not None and args.start and name != "length":
                 raise InputError(f"--{name} has no effect beside --start: the file says it")
     if args.data is None and args.texts is None:
         raise InputError("give --data, --texts, or both")
@@ -441,15 +444,18 @@ def parse() -> Namespace:
 
 def read_pool(args: Namespace, model: Llama, tokenizer: Tokenizer
               ) -> tuple[Tensor | Texts, Tensor | Texts]:
-    """What to train on, and what to measure on: of --texts; of --data where that is given to
-    measure on, or nothing else is."""
+    """What to train on, and what to measure on. Training uses --texts, or else --data. Measuring
+    uses the held-out files of --data, or else the held-out texts of --texts."""
     pool = held = None
     if args.texts:
         texts = Texts.joined([read_texts(path, model.config) for path in args.texts])
         pool, held = texts.chosen(~texts.held), texts.chosen(texts.held)
     if args.data:
         tokens, held = read_data(tokenizer, args.data, args.suffix, TEXT)
-        pool = tokens if pool is None else pool
+        if pool is None:
+            pool = tokens
+        elif args.process == 0:
+            print("training on --texts, measuring on --data", file=sys.stderr)
     elif not set(TEMPERATURES) <= set(held.temperature.tolist()):
         raise InputError("the files of --texts hold no texts out to measure on: give --data too")
     return pool, held
@@ -475,6 +481,8 @@ def main() -> None:
         join_processes(args)
     model, tokenizer = load_model(args, packed=False)
     check_context(model.config.context)
+    if args.start:
+        lookahead_tensors(args.start, model, args.length)  # A bad file is said before data is read.
     pool, held = read_pool(args, model, tokenizer)
     try:
         train(args, model, pool, held)

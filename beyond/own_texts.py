@@ -39,7 +39,7 @@ LONGEST = 192  # tokens of a message: longer ones are left out
 
 
 class Beginning(NamedTuple):
-    """What a text begins with, and how it goes on."""
+    """A prompt, and how the model continues it."""
     prompt: list[int]
     temperature: float
     held: bool  # Is the text to measure on?
@@ -61,29 +61,32 @@ def from_data(args: Namespace, tokenizer: Tokenizer) -> list[Beginning]:
 
 def from_messages(args: Namespace, tokenizer: Tokenizer) -> list[Beginning]:
     """The messages of args.chat. Held out is the tenth that hashes lowest."""
-    messages = read_json(args.chat).get("chat")
-    whole = isinstance(messages, list) and all(isinstance(text, str) for text in messages)
-    if not whole or len(messages) < 2:
-        raise InputError(f'{args.chat} must hold {{"chat": [message, ..]}}, two messages or more')
+    messages = []
+    for kind, some in read_json(args.chat).items():
+        if not isinstance(some, list) or not all(isinstance(text, str) for text in some):
+            raise InputError(f"{args.chat} must hold {{kind: [message, ..]}}, and {kind!r} is "
+                             f"something else")
+        messages += some
 
     def by_hash(text):
         return hashlib.sha256(text.encode(errors="replace")).digest()
 
-    messages = sorted(set(messages), key=by_hash)
-    tenth = max(1, len(messages) // 10)
+    prompts = []
+    for text in sorted(set(messages), key=by_hash):
+        prompts.append(encode_message(args.model, text, tokenizer))
+    kept = [prompt for prompt in prompts if len(prompt) <= LONGEST]
+    if len(kept) < len(prompts):
+        print(f"--chat: {len(prompts) - len(kept)} messages of more than {LONGEST} tokens are left "
+              f"out", file=sys.stderr)
+    if len(kept) < 2:
+        raise InputError(f"{args.chat} has {len(kept)} messages of at most {LONGEST} tokens; at "
+                         f"least 2 are needed, as one is held out")
+    tenth = max(1, len(kept) // 10)
     found = []
-    short = 0
-    for i, text in enumerate(messages):
-        prompt = encode_message(args.model, text, tokenizer)
-        if len(prompt) > LONGEST:
-            continue
-        short += 1
+    for i, prompt in enumerate(kept):
         for temperature in TEMPERATURES:
             answers = args.answers if temperature else 1
             found += [Beginning(prompt, temperature, i < tenth)] * answers
-    if short < len(messages):
-        print(f"--chat: {len(messages) - short} messages of more than {LONGEST} tokens are left "
-              f"out", file=sys.stderr)
     return found
 
 
@@ -123,14 +126,16 @@ def parse() -> Namespace:
     add = parser.add_argument
     add_common(add)
     add_data(add, required=False)
-    add("--count", type=int, default=6144, help="texts after files (default: 6144)")
-    add("--chat", type=user_path, metavar="FILE", help='JSON file {"chat": [message, ..]}')
+    add("--count", type=int, default=6144,
+        help="texts after files; a tenth more are held out (default: 6144)")
+    add("--chat", type=user_path, metavar="FILE",
+        help='JSON file {"chat": [message, ..]}')
     add("--answers", type=int, default=3, help="per message and temperature (default: 3)")
     add("--new-tokens", type=int, default=128, help="of an answer, at most (default: 128)")
     add("--out", type=user_path, required=True, help="file to write")
     args = parser.parse_args()
     check_seed(args.seed)
-    if args.count % len(TEMPERATURES):
+    if args.data and args.count % len(TEMPERATURES):
         raise InputError(f"--count must be a multiple of {len(TEMPERATURES)}, not {args.count}")
     check_number("count", args.count, 2**24)
     check_number("answers", args.answers, 1000)
@@ -145,13 +150,13 @@ def main() -> None:
     args = parse()
     model, tokenizer = load_model(args, packed=False)
     check_context(model.config.context, TEXT if args.chat is None else LONGEST + args.new_tokens)
+    pieces = from_data(args, tokenizer) if args.data else []
+    messages = from_messages(args, tokenizer) if args.chat else []
     parts = []
-    if args.data:
-        beginnings = from_data(args, tokenizer)
-        parts.append(write_all(model, beginnings, args.seed, TEXT - PROMPT, ()))
-    if args.chat:
-        beginnings = from_messages(args, tokenizer)
-        parts.append(write_all(model, beginnings, args.seed, args.new_tokens, None))
+    if pieces:
+        parts.append(write_all(model, pieces, args.seed, TEXT - PROMPT, ()))
+    if messages:
+        parts.append(write_all(model, messages, args.seed, args.new_tokens, None))
     texts = Texts.joined(parts)
     write_texts(texts, args.out, model.config)
     print(f"{args.out}: {len(texts.end)} texts of {texts.tokens.shape[1]} tokens at most, "

@@ -47,7 +47,7 @@ def accepted_of_several(p: Tensor, logits: Tensor, params: Params, generator: Ge
 
 
 PARTS.append(Part(
-    {"memory": dict(type=int, default=0, help="memory slots R (default: 0)"),
-     "head": dict(type=int, default=0, help="rank of the draft head (default: 0, none)")},
+    {"memory": dict(type=int, help="memory slots R (default: 0)"),
+     "head": dict(type=int, help="rank of the draft head (default: 0, none)")},
     {"memory": (0, TEXT), "head": (0, 2**14)}, initial_parts,
     {"memory": 0.02, "head_in": 0.003, "head_out": 0.003}, accepted_of_several))

@@ -308,7 +308,7 @@ def tell(args: Namespace) -> Iterator[list[Line]]:
         raise InputError(f"{args.steps} steps after {len(prompt)} tokens are more than the model's "
                          f"context of {model.config.context}: ask for fewer --steps")
     check_prompts([prompt], args.steps, model.config.vocab_size, room)
-    story = Story(tokenizer, args.prompt)
+    story = Story(tokenizer, "" if args.chat else args.prompt)
     steps = walk(model, lookahead, params, prompt, args.steps, args.seed)
     for n, happened in enumerate(steps, 1):
         yield story.step(n, happened)

@@ -41,12 +41,24 @@ def split(text):
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+def interval_of(row, column):
+    """[low, high] of a column, or nothing. A row with one interval may call it from and to."""
+    if f"{column} from" in row:
+        return row[f"{column} from"], row[f"{column} to"]
+    if column in ("times as fast", "against one") and "from" in row:
+        return row["from"], row["to"]
+    return []
+
+
 def with_interval(row, column):
     """A cell; of what has an interval, with it."""
-    text = cell(row[column])
-    if column in ("times as fast", "against one") and "from" in row:
-        text += f" ({cell(row['from'])} to {cell(row['to'])})"
-    return text
+    between = " to ".join(map(cell, interval_of(row, column)))
+    return cell(row[column]) + (f" ({between})" if between else "")
+
+
+def gain_in(row):
+    """The column that says how many times as fast."""
+    return "gain" if "gain" in row else "times as fast"
 
 
 def markdown(heads, rows):
@@ -75,7 +87,7 @@ def grid(rows, columns, across, show):
         head = ", ".join(cell(row[key]) for key in across)
         heads[head] = None
         names = tuple(cell(row[column]) for column in columns)
-        lines.setdefault(names, {})[head] = show(row, "times as fast")
+        lines.setdefault(names, {})[head] = show(row, gain_in(row))
     cells = []
     for names, line in lines.items():
         cells.append([*names, *(line.get(head, "") for head in heads)])
@@ -199,8 +211,9 @@ def draw_training(name):
 
 
 def draw(name, x, y, series, panels):
-    """Column y over column x with its interval, a line per value of `series`."""
+    """Column y (None: the gain) over column x with its interval, a line per value of `series`."""
     rows = read_json(RESULTS / f"{name}.json")["rows"]
+    y = y or gain_in(rows[0])
     kinds = list(dict.fromkeys(row[panels] for row in rows))
     drawing, axes = figure(len(kinds))
     for axis, kind in zip(axes, kinds):
@@ -210,9 +223,13 @@ def draw(name, x, y, series, panels):
                 lines.setdefault(row[series], []).append(row)
         for label, points in lines.items():
             middle = [row[y] for row in points]
-            spread = [[row[y] - row["from"] for row in points],
-                      [row["to"] - row[y] for row in points]]
-            axis.errorbar([row[x] for row in points], middle, spread, label=label, capsize=2)
+            below, above = [], []
+            for row in points:
+                low, high = interval_of(row, y)
+                below.append(row[y] - low)
+                above.append(high - row[y])
+            axis.errorbar([row[x] for row in points], middle, [below, above], label=label,
+                          capsize=2)
         axis.set(title=f"{panels} {cell(kind)}", xlabel=x)
     axes[0].set(ylabel=y)
     save(drawing, axes, name)
@@ -220,7 +237,7 @@ def draw(name, x, y, series, panels):
 
 PICTURES = {
     "smollm2-cost": ("columns", "against one", "after tokens", "weights"),
-    "smollm2-speed": ("temperature", "times as fast", "method", "text"),
+    "smollm2-speed": ("temperature", None, "method", "text"),
 }
 
 

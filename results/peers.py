@@ -53,7 +53,7 @@ def others(folder: Path, device: torch.device, gguf: list[Path]) -> dict[str, Ca
 
 def of_transformers(network, options: dict, params: Params, prompts: list[list[int]],
                     new_tokens: int, seed: int) -> dict:
-    """By `generate` of transformers."""
+    """By `generate` of transformers. No token ends a text, unless options set min_new_tokens."""
     ids = torch.tensor(prompts, device=network.device)
     sampling = {"do_sample": False}
     if params.temperature:
@@ -64,8 +64,8 @@ def of_transformers(network, options: dict, params: Params, prompts: list[list[i
     for n in (1, new_tokens):
         start = time.perf_counter()
         texts = network.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
-            pad_token_id=0, repetition_penalty=1.0, **sampling, **options).tolist()
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, pad_token_id=0,
+            repetition_penalty=1.0, **sampling, **{"min_new_tokens": n} | options).tolist()
         seconds[n] = time.perf_counter() - start
     return {"tokens": [text[len(prompts[0]) + 1:] for text in texts],
             "seconds": seconds[new_tokens], "prefill_seconds": seconds[1]}

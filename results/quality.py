@@ -99,17 +99,18 @@ def quality(args: Namespace) -> Iterator[str | dict]:
     yield bench.described(args, model, prompts)
     yield (f"Null hypothesis: each token is drawn from the model's own distribution. A p-value for "
            f"each of {cells} cells; significant at .05 in all: below {0.05 / cells:.1g}.")
-    for kind, params, spec in itertools.product(prompts, settings, args.methods):
-        some = prompts[kind]
+    for (kind, some), params in itertools.product(prompts.items(), settings):
         context = max(map(len, some)) + args.new_tokens
-        name, make = bench.contender(args, model, tokenizer, spec, params, ROWS)
-        what = f"{name}, {kind}, {params.temperature:g}"
-        u, accepted = write_and_place(model, make(ROWS, context), some, args, what)
-        z, p = p_value(u)
-        yield {"text": kind, "temperature": params.temperature, "top-k": params.top_k,
-               "top-p": params.top_p, "method": name + " with a bug" * args.bug,
-               "tokens": len(u), "first draft accepted": accepted, "z": z, "p-value": p,
-               "corrected": min(1.0, p * cells)}
+        contenders = [bench.contender(args, model, tokenizer, spec, params, ROWS)
+                      for spec in args.methods]
+        for name, make in contenders:
+            what = f"{name}, {kind}, {params.temperature:g}"
+            u, accepted = write_and_place(model, make(ROWS, context), some, args, what)
+            z, p = p_value(u)
+            yield {"text": kind, "temperature": params.temperature, "top-k": params.top_k,
+                   "top-p": params.top_p, "method": name + " with a bug" * args.bug,
+                   "tokens": len(u), "first draft accepted": accepted, "z": z, "p-value": p,
+                   "corrected": min(1.0, p * cells)}
 
 
 def main() -> None:

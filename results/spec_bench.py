@@ -3,8 +3,8 @@
     python results/spec_bench.py --questions question.jsonl --model DIR --lookahead FILE
 
 question.jsonl is in github.com/hemingkx/Spec-Bench, below data/spec_bench. Of each question the
-first turn is asked, in the model's own chat template. --prompt-lookup adds that of transformers,
-against its own plain decoding.
+first turn is asked, in the model's own chat template. --prompt-lookup also measures prompt lookup
+in transformers, against the plain decoding of transformers.
 """
 import json
 import sys
@@ -20,12 +20,12 @@ from model import load_model
 from pass_sampler import Params
 from results.peers import of_transformers
 from support.chat import encode_message
-from support.errors import DTYPES, InputError, extra, run_script
+from support.errors import DTYPES, InputError, check_number, extra, run_script
 from support.prompts import check_prompts
 from support.tables import print_tables
 from support.terminal import add_common, new_parser, user_path
 
-# Spec-Bench's own names; all other categories are MT-bench's, a conversation.
+# Spec-Bench's own names. All other categories are those of MT-bench, a conversation.
 TASKS = {"translation": "translation", "summarization": "summarization",
          "qa": "question answering", "math_reasoning": "mathematical reasoning",
          "rag": "retrieval-augmented generation"}
@@ -35,7 +35,7 @@ def read_questions(path: Path, count: int) -> dict[str, list[str]]:
     """{task: first turns}: `count` of each task, evenly spread."""
     found = {}
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").strip().split("\n"):
             question = json.loads(line)
             task = TASKS.get(question["category"], "multi-turn conversation")
             found.setdefault(task, []).append(str(question["turns"][0]))
@@ -51,23 +51,21 @@ def read_questions(path: Path, count: int) -> dict[str, list[str]]:
     return chosen
 
 
-def prompt_lookup(args: Namespace, prompts: dict[str, list[list[int]]]) -> Iterator[dict]:
-    """Rows as those of `bench.compared`, of prompt lookup in transformers. A step is a pass, and
-    its cost is that of transformers' own, without prompt lookup."""
-    transformers = extra("transformers")
-    transformers.utils.logging.set_verbosity_error()
-    dtype = DTYPES[args.dtype or "float32"]
-    network = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
+def prompt_lookup(args: Namespace, network: torch.nn.Module,
+                  prompts: dict[str, list[list[int]]]) -> Iterator[dict]:
+    """Rows as those of `bench.compared`, of prompt lookup in transformers. A step is a pass, and a
+    plain step is one of transformers without prompt lookup."""
     passes = []
     network.register_forward_hook(lambda *_: passes.append(1))
 
     def measured(prompt, params, **options):
-        """Tokens, passes, and seconds per pass, all without the prefill."""
+        """Tokens, passes, and seconds per pass after the first."""
         passes.clear()
+        options["min_new_tokens"] = 0  # As in ours, an answer may end.
         made = of_transformers(network, options, params, [prompt], args.new_tokens, args.seed)
-        steps = len(passes) - 2  # It prefills twice, once to take the time of that.
-        tokens = len(made["tokens"][0])
-        return tokens, steps, (made["seconds"] - made["prefill_seconds"]) / steps
+        steps = len(passes) - 1  # One is of a run of one token, which takes the time of prefill.
+        tokens = 1 + len(made["tokens"][0])
+        return tokens, steps, (made["seconds"] - made["prefill_seconds"]) / max(1, steps - 1)
 
     for t in args.temperatures:
         for task, some in prompts.items():
@@ -78,7 +76,7 @@ def prompt_lookup(args: Namespace, prompts: dict[str, list[list[int]]]) -> Itera
                 found.append((tokens, steps, seconds / plain[2]))
             found = torch.tensor(found, dtype=torch.float64)
             row = {"text": task, "temperature": t, "top-k": 0, "rows": 1,
-                   "method": "prompt lookup (transformers)"}
+                   "method": "prompt lookup (transformers)", "accepted": ""}
             yield row | bench.in_columns(bench.factors(found[:, :2], found[:, 2]))
 
 
@@ -86,14 +84,21 @@ def spec_bench(args: Namespace) -> Iterator[str | dict]:
     """All tables, by task."""
     messages = read_questions(args.questions, args.count)
     model, tokenizer = load_model(args)
+    network = None
+    if args.prompt_lookup:
+        transformers = extra("transformers")
+        transformers.utils.logging.set_verbosity_error()
+        dtype = DTYPES[args.dtype or "float32"]
+        network = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+        network.to(model.embedding.device).eval()
     prompts = {}
     for task, some in messages.items():
         prompts[task] = [encode_message(args.model, text, tokenizer) for text in some]
         check_prompts(prompts[task], args.new_tokens, model.config.vocab_size,
                       model.config.context - args.new_tokens + 1)
     yield from bench.compared(args, model, tokenizer, lambda temperature: args.methods, prompts)
-    if args.prompt_lookup:
-        yield from prompt_lookup(args, prompts)
+    if network:
+        yield from prompt_lookup(args, network, prompts)
 
 
 def main() -> None:
@@ -101,12 +106,13 @@ def main() -> None:
     add = parser.add_argument
     add_common(add)
     add("--questions", type=user_path, required=True, help="question.jsonl of Spec-Bench")
-    add("--prompt-lookup", action="store_true", help="measure that of transformers too")
+    add("--prompt-lookup", action="store_true", help="measure that of transformers")
     bench.add_options(add, bench.DRAFTED + "lookahead count new-tokens temperatures rounds decode "
                       "no-graph")
-    parser.set_defaults(rows=[1], top_k=[0], count=20, temperatures=[0.0, 1.0])
+    parser.set_defaults(rows=[1], top_k=[0], chat=True, count=20, temperatures=[0.0, 1.0])
     args = parser.parse_args()
     bench.check_args(args)
+    check_number("--new-tokens", args.new_tokens, 2**20, 8)
     print_tables(spec_bench(args), args.json)
 
 

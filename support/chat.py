@@ -1,7 +1,9 @@
 """Chat: a message, written as the model's own template has it."""
+import json
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from support.errors import InputError, extra
@@ -43,11 +45,12 @@ def encode_message(folder: Path, message: str, tokenizer: Tokenizer, system: str
     sandbox = extra("jinja2.sandbox", "pip install jinja2")
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals |= {
         "raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     try:
         text = environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, **names)
+            messages=messages, add_generation_prompt=True, tools=None, documents=None, **names)
     except Exception as error:  # It is a program, and may raise anything.
         said = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the chat template of {folder} cannot write this: {said[:200]}") from None

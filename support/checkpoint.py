@@ -28,7 +28,7 @@ def digest(model: nn.Module, *tensors: Tensor) -> str:
     found = hashlib.sha256()
     for tensor in (*tensors, *(weight.detach()[:1].float().cpu() for weight in model.parameters())):
         found.update(repr(tensor.shape).encode())
-        found.update(tensor.contiguous().view(torch.uint8).numpy())
+        found.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
 
 
@@ -144,8 +144,8 @@ def write_texts(texts: Texts, path: Path, config) -> None:
 
 
 def read_texts(path: Path, config) -> Texts:
-    """The texts of a file that beyond/own_texts.py made for this model. Files that it made before
-    it held texts out have only tokens, of whole texts that are all to train on."""
+    """The texts of a file that beyond/own_texts.py made for this model. Files from before it held
+    texts out have only tokens: all are to train on, their prompts too."""
     with open_tensors(path) as file:
         if (file.metadata() or {}).get("texts") != fingerprint(config):
             raise InputError(f"{path} has no texts by this model: make some with beyond.own_texts")

@@ -22,7 +22,7 @@ LARGEST = 2**28  # bytes of a file that is read
 
 def add_data(add: Callable, required: bool = True) -> None:
     """Add the words that `read_data` takes. add: parser.add_argument."""
-    add("--data", type=user_path, nargs="+", required=required,
+    add("--data", type=user_path, nargs="+", action="extend", required=required,
         help="text files, and folders of them")
     add("--suffix", default="", help="of the files in folders, such as .py (default: all)")
 
@@ -103,8 +103,8 @@ def check_context(context: int, length: int = TEXT) -> None:
 class Texts(NamedTuple):
     """N texts that a model wrote after prompts, padded at their end."""
     tokens: Tensor  # (N,T)
-    begin: Tensor  # (N,): tokens of the prompt
-    end: Tensor  # (N,): tokens of prompt and text
+    begin: Tensor  # (N,): where the model's own text begins
+    end: Tensor  # (N,): where it ends
     temperature: Tensor  # (N,)
     held: Tensor  # (N,) bool: not to train on, but to measure on
 
@@ -121,7 +121,7 @@ class Texts(NamedTuple):
 
     @staticmethod
     def joined(parts: list["Texts"]) -> "Texts":
-        """All texts of several."""
+        """One Texts of several."""
         width = max(part.tokens.shape[1] for part in parts)
         padded = []
         for part in parts:
@@ -143,10 +143,20 @@ class Texts(NamedTuple):
 
 
 def long_enough(pool: Tensor | Texts, L: int) -> Tensor | Texts:
-    """The texts of which L look-ahead tokens have something to guess."""
+    """The texts in which the model wrote more than L tokens, so that each of L look-ahead tokens
+    has one to guess. Raises InputError where there is none. Tokens (N,) of files come back as they
+    are."""
     if torch.is_tensor(pool):
         return pool
-    return pool.chosen(pool.end - pool.begin > L)
+    enough = pool.end - pool.begin > L
+    for t in TEMPERATURES if pool.held.any() else []:
+        if not enough[pool.temperature == t].any():
+            raise InputError(f"the texts to measure on have none of temperature {t:g} with more "
+                             f"than {L} new tokens: give --data too, or make more")
+    if not enough.any():
+        raise InputError(f"the texts to train on have none with more than {L} new tokens: ask for "
+                         f"a smaller --length")
+    return pool.chosen(enough)
 
 
 def tokens_of(pool: Tensor | Texts) -> Tensor:

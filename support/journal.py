@@ -21,11 +21,11 @@ def new_state(settings: dict) -> dict:
 
 
 class Journal:
-    """Counts the steps in state["step"], and the seconds since the last entry in state["spent"]."""
+    """Keeps state["step"] and, in state["spent"], seconds by what they were spent on."""
 
     def __init__(self, state: dict, args: Namespace, read_for: int):
-        """args: out, steps, began, and process, of which only process 0 says anything. read_for:
-        steps between those that read texts, and take longer."""
+        """args: its out, steps, began and process are used. Only process 0 prints. read_for: one
+        step in so many reads texts, and takes longer."""
         self.state, self.out, self.steps, self.read_for = state, args.out, args.steps, read_for
         self.bar = progress(args.steps, "training", "step", initial=state["step"], smoothing=0,
                             disable=args.process > 0)
@@ -34,7 +34,7 @@ class Journal:
         self.spent("before")
 
     def spent(self, on: str) -> float:
-        """Seconds since the last entry, which are counted."""
+        """Add the seconds since the last call to what they were spent on; return them."""
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         self.state["spent"][on] += seconds

@@ -20,8 +20,8 @@ def add_prompt(parser: ArgumentParser) -> None:
     """Add the words that `read_prompt` reads."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="text to continue, or with --chat to answer")
-    source.add_argument("--prompt-file", type=user_path, help="file whose text to continue")
-    source.add_argument("stdin", nargs="?", choices=["-"], help="continue standard input")
+    source.add_argument("--prompt-file", type=user_path, help="file that has it")
+    source.add_argument("stdin", nargs="?", choices=["-"], help="standard input has it")
     add_chat(parser.add_argument)
 
 

@@ -134,10 +134,13 @@ def test_steps_are_counted_and_timed(monkeypatch):
     model, calls = tiny(30, context=200), []
     sampler = Sampler(model, "pass", Params(), 2, 100, lookahead=load_lookahead("mean", model))
     prompts = [[1], [2, 3], [4, 5, 6]]
-    counts, texts = bench.count_steps(sampler, prompts, 9, 0)
+    counts, texts, accepted = bench.count_steps(sampler, prompts, 9, 0)
+    kept = 0
     for prompt, (tokens, steps), text in zip(prompts, counts.tolist(), texts):
         alone = sampler.generate([prompt], 9, stop_tokens=())
         assert (tokens, steps, text) == (9, alone["steps"][0], alone["tokens"][0])
+        kept += alone["accepted_at_least"][0] * steps
+    assert accepted[0].item() == pytest.approx(kept / counts[:, 1].sum().item())
     clock = iter([10.0, 18.0])
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
     step = sampler.next_step
@@ -177,6 +180,12 @@ def test_speed(call, folder, lookahead):
     assert rows[0]["gain"] == rows[0]["decoded"] == rows[0]["tokens per step"] == 1
     assert rows[5]["tokens per step"] > 2  # the draft model is the model
     assert {row["same text %"] for row in rows if row["temperature"] == 0} == {100}
+
+
+def test_fewer_prompts_than_to_decode(call):
+    out, rows = call("speed", "--kinds", "code", "--count", 1, "--new-tokens", 4, "--rounds", 1,
+                     "--temperatures", 0, "--methods")
+    assert [row["decoded"] for row in rows] == [1]
 
 
 def test_length_and_memory(call, lookahead):

@@ -110,7 +110,7 @@ def test_answers_to_train_on(chat_folder, tmp_path, capsys):
     assert code == 0 and "1 messages of more than 192 tokens are left out" in err, err
     model, tokenizer = Llama.load(chat_folder), load_tokenizer(chat_folder, 320)
     texts = read_texts(tmp_path / "texts", model.config)
-    assert len(texts.end) == 12 * (1 + 2 + 2) and int(texts.held.sum()) in (0, 5)
+    assert len(texts.end) == 12 * (1 + 2 + 2) and int(texts.held.sum()) == 5
     prompts = {}
     for message in messages[:12]:
         prompts[message] = encode_message(chat_folder, message, tokenizer)
@@ -127,6 +127,9 @@ def test_answers_to_train_on(chat_folder, tmp_path, capsys):
     (tmp_path / "messages.json").write_text('{"chat": "Why?"}')
     code, _, err = run_main(beyond.own_texts, capsys, *words)
     assert code == 2 and "must hold" in err
+    (tmp_path / "messages.json").write_text('{"chat": ["Why?", "Why?"]}')
+    code, _, err = run_main(beyond.own_texts, capsys, *words)
+    assert code == 2 and "at least 2 are needed" in err
 
 
 def test_spec_bench(chat_folder, tmp_path, capsys):

@@ -24,7 +24,8 @@ import train_lookahead
 from beyond.training import initial_memory, initial_parts
 from model import Cache, Config, Llama
 from support.checkpoint import fingerprint, read_texts
-from support.data import Texts, read_data, split_files
+from support.data import Texts, long_enough, read_data, split_files
+from support.errors import InputError
 from support.storage import write_tensors
 from support.tokenizer import load_tokenizer
 
@@ -196,7 +197,8 @@ def lines_of(out):
     return [json.loads(line) for line in open(f"{out}.jsonl")]
 
 
-def test_trains_the_lookahead(train, folder, tmp_path):
+def test_trains_the_lookahead(train, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_lookahead, "plan", lambda args: (32, 2))
     out = tmp_path / "a.safetensors"
     code, said, err = train(out, "--steps", 200, "--objective", "kl")
     assert code == 0 and "for 200 steps" in said and "min for the 197 steps left" in err, err
@@ -212,11 +214,24 @@ def test_trains_the_lookahead(train, folder, tmp_path):
     assert about["settings"]["objective"] == "kl" and about["steps"] == 200
     assert about["model"] == fingerprint(Config.load(folder))
     lines = lines_of(out)
-    assert [line["step"] for line in lines] == [0, 33, 66, 100, 133, 166, 200]
+    assert [line["step"] for line in lines] == [0, 100, 200]
     assert lines[-1]["acceptance"] == trained and lines[-1]["loss"] < lines[1]["loss"]
     first, last = (line["acceptance"]["1.0"]["by_position"][0] for line in (lines[0], lines[-1]))
     assert last > first + 0.02
     assert len([*tmp_path.iterdir()]) == 2  # no checkpoint is left
+
+
+def test_plan(monkeypatch):
+    """Short runs are measured at the end on two texts per temperature, and once before on one; long
+    ones at the end on 32, and ten times before on 8."""
+    monkeypatch.setattr(train_lookahead, "TEMPERATURES", (0.0, 0.6, 1.0))
+
+    def plan(**sizes):
+        return train_lookahead.plan(SimpleNamespace(**sizes))
+
+    assert plan(steps=40, batch=8, length=4) == (2, 1)
+    assert plan(steps=1000, batch=8, length=4) == (32, 5)
+    assert plan(steps=10_000, batch=32, length=4) == (32, 10)
 
 
 KILL = """
@@ -242,7 +257,7 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(train, words, data, tmp_pa
     new ones."""
     monkeypatch.setattr(train_lookahead, "READ_FOR", 2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert "going on from step 0" in train(whole, "--steps", 8, "--resume")[2]
+    assert "beginning with step 0" in train(whole, "--steps", 8, "--resume")[2]
     shutil.copytree(data, tmp_path / "data")
     held = split_files([data], "")[1][0]  # only what is measured on differs
     (tmp_path / "data" / held.name).write_text(held.read_text() + "#")
@@ -286,6 +301,10 @@ def test_texts_are_read_anew_and_places_used_once(monkeypatch):
     last = 20 + tokens[:, None] - 1 - 2
     assert (8 <= torch.cat(places)).all() and (torch.cat(places) <= last).all()
     assert (torch.cat(places) == last).any() and (torch.cat(places) == 8).any()
+    ends = torch.tensor([[20], [30]])
+    shares = torch.tensor([[0, 0.5, 1], [0, 0.5, 1]])  # Rounding can make a share 1.
+    found = train_lookahead.places_of(torch.tensor([8, 8]), ends[:, 0], 2, shares)
+    assert found.tolist() == [[8, 13, 17], [8, 18, 27]]
 
 
 def test_what_is_left_out_of_the_data(folder, data, tmp_path, capsys):
@@ -338,6 +357,9 @@ def test_trains_on_texts_that_the_model_writes(train, folder, data, tmp_path, ca
     old = read_texts(texts, model.config)  # as it was written before texts were held out
     assert old.begin.tolist() == [1] * 6 and old.end.tolist() == [128] * 6
     assert "hold no texts out" in run_main(train_lookahead, capsys, *words)[2]
+    short = Texts.of([[5] * 4] * 6, [1] * 6, 1.0, [False] * 3 + [True] * 3)
+    with pytest.raises(InputError, match="none with more than 3 new tokens"):
+        long_enough(short.chosen(~short.held), 3)
     assert train(tmp_path / "old", "--texts", texts, "--steps", 1)[0] == 0
     for other in (folder / "model.safetensors", tmp_path / "out"):
         code, _, err = train(tmp_path / "out", "--texts", other)

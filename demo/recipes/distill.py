@@ -20,6 +20,7 @@ import bench
 from demo.recipes.pretrain import initialise, train
 from model import Cache, Llama
 from support.checkpoint import check_no_checkpoint, digest, fingerprint, read_texts
+from support.data import TEXT
 from support.errors import DTYPES, InputError, check_number, check_seed, device_named, run_script
 from support.storage import read_json, write_tensors, write_text
 from support.tables import print_tables
@@ -109,7 +110,7 @@ def distilled(args):
     large = Llama.load(args.model, dtype, device, packed=False)
     yield bench.machine(large)
     texts = read_texts(args.texts, large.config)
-    texts = texts.tokens[texts.end == texts.tokens.shape[1]]  # Others are padded at their end.
+    texts = texts.tokens[texts.end >= TEXT][:, :TEXT]  # Shorter ones are padded at their end.
     if len(texts) <= HELD:
         raise InputError(f"{args.texts} has {len(texts)} texts; more than {HELD} are needed")
     try:
