@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support.added_tokens import stop_tokens
 from support.errors import DTYPES, InputError, device_named
 from support.storage import copy_tensor, open_tensors, read_json, weight_files
 from support.tokenizer import Tokenizer, load_tokenizer
@@ -106,20 +107,7 @@ class Config:
             rope={"rope_type": scaling, **numbers},
             context=number("max_sequence_length", number("max_position_embeddings", 2048)),
             tied=bool(raw.get("tie_word_embeddings", False)), dtype=dtype,
-            stop_tokens=stop_tokens(path, raw))
-
-
-def stop_tokens(path: Path, raw: dict) -> tuple[int, ...]:
-    """The ids that end a text. generation_config.json comes first, as in transformers."""
-    generation = path.with_name("generation_config.json")
-    stop = read_json(generation).get("eos_token_id") if generation.exists() else None
-    if stop is None:
-        stop = raw.get("eos_token_id")
-    if not isinstance(stop, list):
-        stop = [] if stop is None else [stop]
-    if not all(type(token) is int for token in stop):
-        raise InputError(f"{path}: eos_token_id must be a token's id or a list of them, not {stop}")
-    return tuple(stop)
+            stop_tokens=stop_tokens(path.parent))
 
 
 # ---------------------------------------------------- cache

@@ -4,6 +4,7 @@ errors.py     how bad input ends: one line, exit code 2; checks; names of device
 storage.py    files that are written whole or not at all; tensors and JSON in files
 checkpoint.py interrupted trainings, look-ahead files, texts that a model wrote
 tokenizer.py  text to token ids and back
+added_tokens.py  tokens beside the vocabulary: which file wins, what is printed, what ends a text
 chat.py       a message, written as the model's own template has it
 terminal.py   command lines, and what is printed while a text is made
 prompts.py    prompts: where they come from, and which cannot be continued

@@ -6,9 +6,9 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+from support.added_tokens import read_settings, token_of
 from support.errors import InputError, extra
-from support.storage import read_json
-from support.tokenizer import Tokenizer, named_token
+from support.tokenizer import Tokenizer
 
 
 def add_chat(add: Callable) -> None:
@@ -59,9 +59,8 @@ def encode_message(folder: Path, message: str, tokenizer: Tokenizer, system: str
 
 def chat_template(folder: Path) -> tuple[str, dict[str, str]]:
     """The chat template of a folder, and {name: token} of the special tokens that it may name."""
-    path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.exists() else {}
-    template = config.get("chat_template")
+    settings = read_settings(folder)
+    template = settings.get("chat_template")
     if isinstance(template, list):  # several, each with a name
         named = [entry for entry in template if isinstance(entry, dict)]
         template = {entry.get("name"): entry.get("template") for entry in named}.get("default")
@@ -74,5 +73,5 @@ def chat_template(folder: Path) -> tuple[str, dict[str, str]]:
     if not isinstance(template, str):
         raise InputError(f"{folder} has no chat template, so --chat does not know how a message "
                          f"looks to this model; without --chat the prompt is continued")
-    names = {name: named_token(token) for name, token in config.items() if name.endswith("_token")}
-    return template, {name: token for name, token in names.items() if token is not None}
+    tokens = {name: token_of(settings[name]) for name in settings if name.endswith("_token")}
+    return template, {name: token.content for name, token in tokens.items() if token}

@@ -18,6 +18,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises InputError where there is none."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        json.dumps(content, ensure_ascii=False).encode()  # fails for half a character, "\\ud800"
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {reason(error, path)}") from None
     if not isinstance(content, dict):

@@ -1,19 +1,20 @@
-"""Text to token ids and back: tokenizer.model, or tokenizer.json."""
+"""Text to token ids and back: tokenizer.json, or else tokenizer.model."""
 import codecs
 import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from support.added_tokens import Added, added_tokens, read_settings, stop_tokens, token_of
 from support.errors import InputError, extra
-from support.storage import read_json, reason
+from support.storage import reason
 
 
 class Tokenizer:
     """Text to token ids and back.
 
     encode(text) gives ids, with the beginning-of-text token where the model uses one, or without.
-    pieces[id] is a token's bytes: none for control tokens, one of a character's for byte fallback.
+    pieces[id] is a token's bytes: none for special tokens, one of a character's for byte fallback.
     unk is the unknown token's id, or None.
     """
 
@@ -46,29 +47,41 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
-    """folder/tokenizer.model, or folder/tokenizer.json through the optional package `tokenizers`.
+    """folder/tokenizer.json through the optional package `tokenizers`, or else tokenizer.model.
 
-    Raises InputError where it is missing, damaged, or larger than the model's vocabulary (but for
-    special tokens, which need not be used).
+    Raises InputError where both are missing, one is damaged, or larger than the model's vocabulary
+    (but for special tokens, which need not be used).
     """
     folder = Path(folder)
-    config = folder / "tokenizer_config.json"
-    config = read_json(config) if config.exists() else {}
+    settings = read_settings(folder)
     model, other = folder / "tokenizer.model", folder / "tokenizer.json"
     if not model.exists() and not other.exists():
         raise InputError(f"{folder} has neither tokenizer.model nor tokenizer.json")
-    tokenizer = None
-    if model.exists():
-        try:
-            tokenizer = from_sentencepiece(model, config)
-        except InputError:
-            if not other.exists():
-                raise
-    tokenizer = tokenizer or from_tokenizers(other, config)
-    if any(tokenizer.pieces[vocab_size:]):
-        raise InputError(f"the tokenizer of {folder} has {len(tokenizer.pieces)} pieces and the "
-                         f"model a vocabulary of {vocab_size}: they do not belong together")
+    if other.exists():  # first, as in transformers
+        tokenizer = from_tokenizers(other, settings)
+    else:
+        tokenizer = from_sentencepiece(model, settings)
+    pieces = tokenizer.pieces
+    for i in (tokenizer.unk, *stop_tokens(folder)):
+        if i in range(len(pieces)):
+            pieces[i] = b""
+    if any(pieces[vocab_size:]):
+        raise InputError(f"the tokenizer of {folder} has {len(pieces)} pieces and the model a "
+                         f"vocabulary of {vocab_size}: they do not belong together")
+    if tokenizer.unk not in range(vocab_size):
+        tokenizer.unk = None
     return tokenizer
+
+
+def space_before(settings: dict) -> tuple[str, bool]:
+    """Which parts of a text, between added tokens, get a space before them: "always", "first" (only
+    that with which the text begins) or "never"; and does the class say so, whatever tokenizer.json
+    says? As in transformers."""
+    name = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    llama = name in ("LlamaTokenizer", "CodeLlamaTokenizer")
+    if llama and settings.get("add_prefix_space") is False:
+        return "never", llama
+    return "always" if settings.get("legacy", not llama) else "first", llama
 
 
 def sentencepiece_bytes(piece: str) -> bytes:
@@ -78,63 +91,63 @@ def sentencepiece_bytes(piece: str) -> bytes:
     return piece.replace("\u2581", " ").encode()
 
 
-def named_token(token: object) -> str | None:
-    """A token in tokenizer_config.json is a string, or an object with its content."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+# Protobuf: at the end of a tokenizer.model it says normalizer_spec { add_dummy_prefix: false }.
+NO_SPACE = b"\x1a\x02\x18\x00"
 
 
-def added_tokens(folder: Path, config: dict) -> dict[str, tuple[int, bool]]:
-    """{content: (id, special)} of what stands beside a tokenizer.model, in added_tokens.json and in
-    tokenizer_config.json."""
-    listed = folder / "added_tokens.json"
-    named = ("bos_token", "eos_token", "unk_token", "pad_token")
-    special = {named_token(config.get(name)) for name in named}
-    found = {}
-    for content, i in (read_json(listed) if listed.exists() else {}).items():
-        found[content] = (i, content in special)
-    decoder = config.get("added_tokens_decoder")
-    for i, token in (decoder if isinstance(decoder, dict) else {}).items():
-        content = named_token(token)
-        if content and str(i).isdecimal():
-            found[content] = (int(i), isinstance(token, dict) and bool(token.get("special")))
-    for content, (i, _) in found.items():
-        if not content or type(i) is not int or not 0 <= i < 2**24:
-            raise InputError(f"{listed}: {content!r} has the id {i!r}, which is none")
-    return found
-
-
-def from_sentencepiece(path: Path, config: dict) -> Tokenizer:
+def from_sentencepiece(path: Path, settings: dict) -> Tokenizer:
     """tokenizer.model, and the tokens that were added to it."""
     from sentencepiece import SentencePieceProcessor
     try:
         sp = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise InputError(f"cannot read {path}: {reason(error, path)}") from None
-    bos = []
-    if config.get("add_bos_token", True) and sp.bos_id() >= 0:
-        bos = [sp.bos_id()]
+    bare = SentencePieceProcessor(model_proto=sp.serialized_model_proto() + NO_SPACE)
     pieces = []
+    own = []
     for i in range(sp.vocab_size()):
-        silent = sp.is_control(i) or sp.is_unused(i)
-        pieces.append(b"" if silent else sentencepiece_bytes(sp.id_to_piece(i)))
-    added = {}
-    for content, (i, special) in added_tokens(path.parent, config).items():
-        if i >= sp.vocab_size():
-            added[content] = i
-            pieces += [b""] * (i + 1 - len(pieces))
-            pieces[i] = b"" if special else content.encode()
-    longest_first = sorted(added, key=len, reverse=True)
-    split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        piece = sp.id_to_piece(i)
+        pieces.append(b"" if sp.is_unused(i) else sentencepiece_bytes(piece))
+        if sp.is_control(i) or sp.is_unknown(i):
+            own.append(Added(piece, special=True))
+    ids = {}
+    added = added_tokens(path.parent, settings, own)
+    for token in added:
+        i = sp.piece_to_id(token.content)
+        if sp.id_to_piece(i) != token.content:
+            i = len(pieces)
+            pieces.append(b"")
+        pieces[i] = token.printed
+        ids[token] = i
+    added.sort(key=lambda token: -len(token.content))
+    split = re.compile("|".join(map(pattern, added)))
+    where, _ = space_before(settings)
+
+    bos = [sp.bos_id()] if settings.get("add_bos_token", True) and sp.bos_id() >= 0 else []
+    eos = [sp.eos_id()] if settings.get("add_eos_token") and sp.eos_id() >= 0 else []
+
+    def part(text, start):
+        spaced = where == "always" or where == "first" and start == 0
+        return (sp if spaced else bare).encode(text)
 
     def encode(text, begin):
         tokens = bos * begin
-        for part in split.split(text) if added else [text]:
-            tokens += [added[part]] if part in added else sp.encode(part)
-        return tokens
+        end = 0
+        for match in split.finditer(text):
+            tokens += part(text[end:match.start()], end)
+            tokens.append(ids[added[match.lastindex - 1]])
+            end = match.end()
+        return tokens + part(text[end:], end) + eos * begin
 
     return Tokenizer(encode, pieces, sp.unk_id() if sp.unk_id() >= 0 else None)
+
+
+def pattern(token: Added) -> str:
+    """A regular expression of one group that finds an added token."""
+    found = re.escape(token.content)
+    if token.single_word:
+        found = rf"(?<!\w){found}(?!\w)"
+    return "(" + r"\s*" * token.lstrip + found + r"\s*" * token.rstrip + ")"
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -146,8 +159,8 @@ def byte_alphabet() -> dict[str, int]:
     return alphabet
 
 
-def from_tokenizers(path: Path, config: dict) -> Tokenizer:
-    """tokenizer.json, if it is of the kinds that LLaMAs have."""
+def from_tokenizers(path: Path, settings: dict) -> Tokenizer:
+    """tokenizer.json, if it is of the kinds that LLaMAs have, and the tokens that were added."""
     tokenizers = extra("tokenizers", "pip install -r requirements-smollm2.txt")
     try:
         hf = tokenizers.Tokenizer.from_file(str(path))
@@ -161,23 +174,24 @@ def from_tokenizers(path: Path, config: dict) -> Tokenizer:
     if not byte_level and "Metaspace" not in decoder and "\\u2581" not in decoder:
         raise InputError(f"{path}: its decoder, {decoder[:60]}, is not supported, only ByteLevel "
                          f"and Metaspace")
+    where, by_class = space_before(settings)
+    if by_class and raw["model"]["type"] == "BPE" and not byte_level:
+        hf.normalizer = None
+        hf.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=where, split=False)
+    own = [token_of(token) for token in raw["added_tokens"]]
+    added = added_tokens(path.parent, settings, own)
+    hf.add_tokens([tokenizers.AddedToken(**token._asdict()) for token in added])
     alphabet = byte_alphabet()
-    added = hf.get_added_tokens_decoder()
-
-    def to_bytes(i):
-        piece = hf.id_to_token(i) or ""
-        if i in added:
-            return b"" if added[i].special else added[i].content.encode()
-        if not byte_level:
-            return sentencepiece_bytes(piece)
-        if all(char in alphabet for char in piece):
-            return bytes(alphabet[char] for char in piece)
-        return piece.encode()
-
-    ids = hf.get_vocab(with_added_tokens=True).values()
-    pieces = [to_bytes(i) for i in range(1 + max(ids, default=-1))]
-    unk = named_token(config.get("unk_token")) or named_token(raw["model"].get("unk_token"))
-    unk = hf.token_to_id(unk) if unk else None
+    vocabulary = hf.get_vocab(with_added_tokens=True)
+    pieces = [b""] * (1 + max(vocabulary.values(), default=-1))
+    for piece, i in vocabulary.items():
+        pieces[i] = piece.encode() if byte_level else sentencepiece_bytes(piece)
+        if byte_level and all(char in alphabet for char in piece):
+            pieces[i] = bytes(alphabet[char] for char in piece)
+    for token in added:
+        pieces[vocabulary[token.content]] = token.printed
+    unk = raw["model"].get("unk_id")  # of a Unigram model
+    named = token_of(settings.get("unk_token")) or token_of(raw["model"].get("unk_token"))
+    if unk is None and named:
+        unk = vocabulary.get(named.content)
     return Tokenizer(lambda text, begin: hf.encode(text, add_special_tokens=begin).ids, pieces, unk)
-
-

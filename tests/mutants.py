@@ -30,6 +30,12 @@ from test_sampler import (
     test_recordable,
     test_stops,
 )
+from test_tokenizer import (
+    test_one_token_wherever_it_is,
+    test_spaces_around_added_tokens,
+    test_special_tokens_and_stop_tokens_print_nothing,
+    test_which_file_wins,
+)
 from test_train import test_columns, test_evaluate, test_expected, test_frozen, test_gradients
 
 from pass_sampler import Params
@@ -466,6 +472,41 @@ a weight of the frozen model moves
 a step keeps its sampler
 - weakref.proxy(self)
 + self
+""",
+    test_one_token_wherever_it_is: """
+a token that is only named is text
+- for token in tokens + named:
++ for token in tokens:
+</s> in a prompt is text
+- if sp.is_control(i) or
++ if
+""",
+    test_which_file_wins: """
+added_tokens.json read beside added_tokens_decoder
+- if older.exists() and "added_tokens_decoder" not in settings:
++ if older.exists():
+tokenizer.json wins over added_tokens_decoder
+- tokens = by_id(path, decoder.items() if isinstance(decoder, dict) else ()) + own
++ tokens = own + by_id(path, decoder.items() if isinstance(decoder, dict) else ())
+tokenizer.model wins over tokenizer.json
+- if other.exists():
++ if not model.exists():
+""",
+    test_special_tokens_and_stop_tokens_print_nothing: """
+a stop token is printed
+- for i in (tokenizer.unk, *stop_tokens(folder)):
++ for i in (tokenizer.unk,):
+a named special token is printed
+- token.special or token.content in special
++ token.special
+""",
+    test_spaces_around_added_tokens: """
+a space after each added token
+- where == "first" and start == 0
++ where == "first"
+the class LlamaTokenizer is not asked
+- settings.get("legacy", not llama)
++ settings.get("legacy", True)
 """,
     test_interval: """
 the interval takes rounds for prompts
