@@ -13,7 +13,6 @@ as in model.py; M places per text, L look-ahead tokens at each, N columns in all
 """
 import json
 import math
-import os
 import sys
 import time
 from argparse import Namespace
@@ -21,7 +20,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
@@ -55,8 +53,9 @@ from support.data import (
     tokens_of,
     windows,
 )
-from support.errors import InputError, check_number, check_seed, device_named, run_script
+from support.errors import InputError, check_number, check_seed, run_script
 from support.journal import Journal, file_beside, new_state
+from support.processes import average, join_processes, leave_processes
 from support.storage import check_writable, write_tensors
 from support.terminal import add_common, new_parser, progress, user_path
 from support.tokenizer import Tokenizer
@@ -294,10 +293,7 @@ def train_step(model: Llama, parts: dict[str, Tensor], optimizer: torch.optim.Op
     lookahead = lookahead_of({name: p.to(model.embedding) for name, p in parts.items()})
     h, target, tokens = states(model, lookahead, *columns)
     loss = backward(model, h, tokens, objective, model, target)
-    if dist.is_initialized():
-        for mean in (loss, *(p.grad for p in parts.values())):  # Nothing else is exchanged.
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
+    average(loss, *(p.grad for p in parts.values()))  # over torchrun's processes
     for group in optimizer.param_groups:
         group["lr"] = scale * group["rate"]
     optimizer.step()
@@ -378,7 +374,7 @@ def train(args: Namespace, model: Llama, pool: Tensor | Texts, held: Tensor | Te
             if state["step"] in when:
                 journal.measure(lambda: evaluate(model, lookahead_of(parts), few), len(few.end))
             loss = train_step(model, parts, optimizer, args.objective,
-                              rate(state["step"], args.steps), columns).item()
+                              args.rate * rate(state["step"], args.steps), columns).item()
             if not math.isfinite(loss):
                 raise InputError(f"the loss of step {state['step']} is {loss}, in "
                                  f"{model.precision}: try --dtype float32; an older checkpoint is "
@@ -417,6 +413,8 @@ def parse() -> Namespace:
             add(f"--{name}", **about)
     add("--batch", type=int, default=8, help="texts per step (default: 8)")
     add("--steps", type=int, default=1000, help="(default: 1000)")
+    add("--rate", type=float, default=1.0,
+        help="share of the usual rates of learning (default: 1; after --start try 0.1)")
     add("--out", type=user_path, required=True, help="file to write")
     add("--resume", action="store_true", help="from the checkpoint, if there is one")
     # Which process of how many, torchrun's; and when this one began.
@@ -425,6 +423,8 @@ def parse() -> Namespace:
     check_seed(args.seed)
     check_number("batch", args.batch, 2**16)
     check_number("steps", args.steps, 2**40)
+    if not 0 < args.rate <= 100:
+        raise InputError(f"--rate must be above 0 and at most 100, not {args.rate}")
     for part in PARTS:
         for name, (least, largest) in part.ranges.items():
             given = getattr(args, name)
@@ -461,24 +461,10 @@ def read_pool(args: Namespace, model: Llama, tokenizer: Tokenizer
     return pool, held
 
 
-def join_processes(args: Namespace) -> None:
-    """Become one of torchrun's processes, on its own device."""
-    if args.device not in (None, "cpu", "cuda"):
-        raise InputError("under torchrun --device must be cpu or cuda")
-    if args.device == "cuda" or args.device is None and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = device_named(args.device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    args.process, args.processes = dist.get_rank(), dist.get_world_size()
-    if args.batch % args.processes:
-        raise InputError(f"{args.processes} processes cannot share {args.batch} texts evenly")
-
-
 def main() -> None:
     add_beyond("training")
     args = parse()
-    if dist.is_torchelastic_launched():
-        join_processes(args)
+    join_processes(args)
     model, tokenizer = load_model(args, packed=False)
     check_context(model.config.context)
     if args.start:
@@ -490,11 +476,7 @@ def main() -> None:
         saved = file_beside(args.out, "checkpoint").exists()
         print("stopped:", "--resume goes on" if saved else "nothing is saved yet", file=sys.stderr)
         raise
-    if dist.is_initialized():
-        dist.barrier()  # the first process still evaluates and writes
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)  # or gloo's threads abort, in one run of 40 on a busy machine
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ terminal.py   command lines, and what is printed while a text is made
 prompts.py    prompts: where they come from, and which cannot be continued
 text.py       new texts: where they end, how many steps and drafts they took
 tables.py     tables of figures, on the screen and in JSON files
+timing.py     times that compare: turns, ratios, intervals
 data.py       text to train on
 journal.py    what a training says and writes while it goes on
+processes.py  several processes that train together, under torchrun
 """

@@ -1,13 +1,17 @@
 """Text to token ids and back: tokenizer.json, or else tokenizer.model."""
 import codecs
+import importlib.util
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from support.added_tokens import Added, added_tokens, read_settings, stop_tokens, token_of
 from support.errors import InputError, extra
 from support.storage import reason
+
+PACKAGE = "pip install -r requirements-smollm2.txt"
 
 
 class Tokenizer:
@@ -47,7 +51,8 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
-    """folder/tokenizer.json through the optional package `tokenizers`, or else tokenizer.model.
+    """folder/tokenizer.json through the optional package `tokenizers`; where one of the two is
+    missing, tokenizer.model.
 
     Raises InputError where both are missing, one is damaged, or larger than the model's vocabulary
     (but for special tokens, which need not be used).
@@ -57,9 +62,13 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
     model, other = folder / "tokenizer.model", folder / "tokenizer.json"
     if not model.exists() and not other.exists():
         raise InputError(f"{folder} has neither tokenizer.model nor tokenizer.json")
-    if other.exists():  # first, as in transformers
+    installed = importlib.util.find_spec("tokenizers") is not None
+    if other.exists() and (installed or not model.exists()):  # first, as in transformers
         tokenizer = from_tokenizers(other, settings)
     else:
+        if other.exists():
+            print(f"reading {model}: for tokenizer.json the package tokenizers is missing "
+                  f"({PACKAGE})", file=sys.stderr)
         tokenizer = from_sentencepiece(model, settings)
     pieces = tokenizer.pieces
     for i in (tokenizer.unk, *stop_tokens(folder)):
@@ -161,7 +170,7 @@ def byte_alphabet() -> dict[str, int]:
 
 def from_tokenizers(path: Path, settings: dict) -> Tokenizer:
     """tokenizer.json, if it is of the kinds that LLaMAs have, and the tokens that were added."""
-    tokenizers = extra("tokenizers", "pip install -r requirements-smollm2.txt")
+    tokenizers = extra("tokenizers", PACKAGE)
     try:
         hf = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exception

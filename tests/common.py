@@ -25,8 +25,8 @@ ALPHA = 1e-6  # significance of every statistical test: 30 p-values, one false a
 # ------------------------- the code, as it is or with a bug
 
 # A bug is planted into a copy of all of these.
-MODULES = ["support.text", "support.added_tokens", "support.tokenizer", "model", "pass_sampler"]
-MODULES += ["train_lookahead", "bench", "beyond"]
+MODULES = [f"support.{name}" for name in ("text", "timing", "added_tokens", "tokenizer")]
+MODULES += ["model", "pass_sampler", "train_lookahead", "bench", "beyond"]
 MODULES += [f"beyond.{path.stem}" for path in (ROOT / "beyond").glob("[a-z]*.py")]
 
 

@@ -2,6 +2,7 @@
 Where a folder is ambiguous, what transformers 5.24 does is right; for plain text with a
 tokenizer.model, what sentencepiece does."""
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -248,3 +249,16 @@ def test_the_unknown_token():
                        (tokenizer_json() | config(unk_token="</s>"), 257)]:
         assert loaded(files).unk == unk
     assert loaded(unigram).encode("ab") == [0, 1]
+
+
+def test_without_the_package(folder, tmp_path, monkeypatch, capsys):
+    """tokenizer.json is read by a package that not everybody has: a tokenizer.model beside it is
+    read in its place, and that is said."""
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="this needs the package tokenizers"):
+        load_tokenizer(tmp_path, 320)
+    (tmp_path / "tokenizer.model").symlink_to(folder / "tokenizer.model")
+    ids = load_tokenizer(tmp_path, 320).encode("some text")
+    assert ids == load_tokenizer(folder, 320).encode("some text")
+    assert "the package tokenizers is missing" in capsys.readouterr().err
