@@ -489,7 +489,7 @@ tokenizer.json wins over added_tokens_decoder
 - tokens = by_id(path, decoder.items() if isinstance(decoder, dict) else ()) + own
 + tokens = own + by_id(path, decoder.items() if isinstance(decoder, dict) else ())
 tokenizer.model wins over tokenizer.json
-- if other.exists():
+- if other.exists() and (installed or not model.exists()):
 + if not model.exists():
 """,
     test_special_tokens_and_stop_tokens_print_nothing: """
