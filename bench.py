@@ -11,6 +11,9 @@ make the tables of results/README.md; results/ has what else is measured. --meth
 METHOD[:LOOKAHEAD][=SHAPE], such as pass, fused=1, pass:FILE=2, "tree=0 1 00", tree=auto,
 draft-model=4. Read `factors`, `compared`.
 """
+import support
+
+support.ctrl_c_leaves(__name__)
 import ctypes
 import itertools
 import operator

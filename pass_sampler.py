@@ -8,6 +8,9 @@ First comes the rule that makes drafts harmless (`verify`), then what is trained
 the two methods as steps (`autoregressive`, `parallel`), then the loop that they share (`Sampler`).
 Read model.py before, and train_lookahead.py after.
 """
+import support
+
+support.ctrl_c_leaves(__name__)
 import importlib.util
 import inspect
 import math

@@ -11,6 +11,9 @@ Beyond the paper are the objectives kl and tv, --texts that the model wrote in p
 file to --start from, and what beyond/ adds to train. Read `states`, `backward`, `train`. Shapes are
 as in model.py; M places per text, L look-ahead tokens at each, N columns in all.
 """
+import support
+
+support.ctrl_c_leaves(__name__)
 import json
 import math
 import sys

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import support
+
+support.ctrl_c_leaves(__name__)
 import torch
 
 from beyond.fused import Layout

@@ -10,12 +10,16 @@ so. x_n is the last token of the text, which is not in the cache yet; LA_j are l
 d_j drafts, p the target's distribution, q a draft's, u random numbers from 0 to 1.
 """
 import sys
-from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import support
+
+support.ctrl_c_leaves(__name__)
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 

@@ -3,10 +3,14 @@
     python results/generation.py --model DIR --lookahead FILE --prompt TEXT --out FILE.svg
 """
 import sys
-from html import escape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import support
+
+support.ctrl_c_leaves(__name__)
+from html import escape
+
 import beyond  # noqa: F401  its look-ahead
 from model import load_model
 from pass_sampler import Params, generate, load_lookahead

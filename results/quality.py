@@ -8,14 +8,18 @@ stands above the token that was written, plus a uniform random share of its own.
 drawn from p, given the text before it, all U of all texts are independent and uniform (Rosenblatt
 1952), whatever the drafts were. So every token counts, and plain decoding need not be sampled.
 """
-import itertools
-import math
 import sys
-from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import support
+
+support.ctrl_c_leaves(__name__)
+import itertools
+import math
+from argparse import Namespace
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 

@@ -6,13 +6,17 @@ question.jsonl is in github.com/hemingkx/Spec-Bench, below data/spec_bench. Of e
 first turn is asked, in the model's own chat template. --prompt-lookup also measures prompt lookup
 in transformers, against the plain decoding of transformers.
 """
-import json
 import sys
-from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import support
+
+support.ctrl_c_leaves(__name__)
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+
 import torch
 
 import bench

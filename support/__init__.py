@@ -15,3 +15,17 @@ data.py       text to train on
 journal.py    what a training says and writes while it goes on
 processes.py  several processes that train together, under torchrun
 """
+import os
+import signal
+
+
+def leave(*_) -> None:
+    """What Ctrl-C does until `run_script` begins: no traceback, the exit code of a Ctrl-C."""
+    os._exit(130)
+
+
+def ctrl_c_leaves(name: str) -> None:
+    """Let Ctrl-C end a script while it still imports torch. name: __name__ of the script; nothing
+    changes where the script is imported, or Ctrl-C has another meaning already."""
+    if name == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)

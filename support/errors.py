@@ -2,11 +2,14 @@
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
+
+from support import leave
 
 DTYPES = {
     "float16": torch.float16, "bfloat16": torch.bfloat16,
@@ -29,6 +32,8 @@ def run_script(main: Callable) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # for characters that the terminal cannot show
     try:
+        if signal.getsignal(signal.SIGINT) is leave:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
         sys.stdout.flush()
     except InputError as error:

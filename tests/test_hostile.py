@@ -13,10 +13,11 @@ import time
 
 import pytest
 import torch
-from common import command, run_main, run_shells
+from common import ROOT, command, run_main, run_shells
 from safetensors.torch import load_file
 
 import pass_sampler
+import support
 from support import errors
 from support.errors import InputError
 from support.storage import check_writable, write_tensors, write_text
@@ -173,6 +174,25 @@ def test_interrupted(folder, data, tmp_path):
     assert not (tmp_path / "out").exists()
     saved = (tmp_path / "out.checkpoint").exists()
     assert (b"--resume goes on" if saved else b"nothing is saved yet") in err
+
+
+@pytest.mark.parametrize("name", ["pass_sampler.py", "demo/steps.py", "-m beyond.own_texts"])
+@pytest.mark.parametrize("imported", [" numpy", " torch"])
+def test_interrupted_while_torch_is_imported(name, imported):
+    """No traceback either, and the same exit code; -X importtime says what was just imported."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", *name.split(), "--help"], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    while imported.encode() not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in err
+
+
+def test_ctrl_c_is_left_alone_where_a_script_is_imported():
+    assert signal.getsignal(signal.SIGINT) is not support.leave
 
 
 def test_a_file_keeps_its_mode_and_what_stands_beside_it(tmp_path):

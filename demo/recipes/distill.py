@@ -6,13 +6,17 @@
 A LLaMA of 16 M parameters with the large model's tokenizer learns the large model's distributions,
 KL(p || q), on texts that the large model wrote (beyond/own_texts.py).
 """
-import json
-import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import support
+
+support.ctrl_c_leaves(__name__)
+import json
+import shutil
+from dataclasses import replace
+
 import torch
 from tqdm import tqdm
 

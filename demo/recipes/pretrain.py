@@ -10,19 +10,23 @@
 3. Train the model, with the same `forward` that decodes and drafts.
 Wheels and corpus stay in --work and are not made again. Read `normal`, `train`.
 """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import support
+
+support.ctrl_c_leaves(__name__)
 import ast
 import hashlib
 import json
 import math
 import subprocess
-import sys
 import sysconfig
 import time
 import warnings
 import zipfile
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm

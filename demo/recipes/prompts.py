@@ -7,14 +7,18 @@ For SmolLM2 code, from the files of --data that training holds out, and prose, t
 demo/model code in the one spelling that it knows, from --plain, what pretrain.py held out, and of
 it what the training of its look-ahead holds out. README.md beside this says where both come from.
 """
-import ast
-import json
-import random
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import support
+
+support.ctrl_c_leaves(__name__)
+import ast
+import json
+import random
+import re
+
 from support.data import split_files
 from support.errors import InputError, run_script
 from support.storage import write_text

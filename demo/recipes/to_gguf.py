@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import support
 
+support.ctrl_c_leaves(__name__)
 from demo.recipes import smollm2
 from model import Llama
 from support.errors import InputError, extra, run_script
