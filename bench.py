@@ -152,6 +152,12 @@ def contender(args: Namespace, model: Llama, tokenizer: Tokenizer, spec: str, pa
         model, method, params, rows, context, graph, **options)
 
 
+def contenders(args: Namespace, model: Llama, tokenizer: Tokenizer, specs: list[str], *more
+               ) -> list[tuple[str, Callable[[int, int], Sampler]]]:
+    """A `contender` for each spec, before the work: a bad one is said now."""
+    return [contender(args, model, tokenizer, spec, *more) for spec in specs]
+
+
 def given_by(args: Namespace, spec: str) -> tuple[str, dict]:
     """The method of METHOD[:FILE][=SHAPE] and its words, as a command line would give them."""
     head, _, shape = spec.partition("=")
@@ -187,8 +193,7 @@ def compared(args: Namespace, model: Llama, tokenizer: Tokenizer, methods: Calla
         some = prompts[kind]
         context = max(map(len, some)) + max(args.new_tokens, (1 + STEPS) * MOST_PER_STEP)
         specs = ["autoregressive", *methods(t)]
-        makers = dict(
-            contender(args, model, tokenizer, spec, Params(t, k), rows) for spec in specs)
+        makers = dict(contenders(args, model, tokenizer, specs, Params(t, k), rows))
         counted = {}
         for name, make in makers.items():
             many = make(min(len(some), SIDE_BY_SIDE), context)
@@ -203,7 +208,8 @@ def compared(args: Namespace, model: Llama, tokenizer: Tokenizer, methods: Calla
         if args.decode:
             few = min(args.decode, len(some)) * rows
             units = [(some * rows)[i:i + rows] for i in range(0, few, rows)]
-            writers = {name: partial(whole_texts, sampler) for name, sampler in samplers.items()}
+            writers = {name: partial(sampler.generate, stop_tokens=())
+                       for name, sampler in samplers.items()}
             whole = decoded(writers, units, args.seed, args.new_tokens, 1, "whole decodes")
         plain = "autoregressive"
         for name in samplers:
@@ -216,11 +222,6 @@ def compared(args: Namespace, model: Llama, tokenizer: Tokenizer, methods: Calla
                 same = sum(map(operator.eq, counted[plain].texts, counted[name].texts))
                 row["same text %"] = 100 * same / len(some)
             yield row
-
-
-def whole_texts(sampler: Sampler, prompts: list[list[int]], new_tokens: int, seed: int) -> dict:
-    """`Sampler.generate`; no token ends a text."""
-    return sampler.generate(prompts, new_tokens, seed, stop_tokens=())
 
 
 # ----------------------------------------------------------- commands
@@ -372,7 +373,7 @@ def decode_once(args: Namespace, model: Llama, tokenizer: Tokenizer, name: str, 
                 ) -> None:
     """Make a Sampler of a method, and decode one text."""
     _, make = contender(args, model, tokenizer, name, Params(), 1)
-    whole_texts(make(1, context), [[1]], args.new_tokens, 0)
+    make(1, context).generate([[1]], args.new_tokens, stop_tokens=())
 
 
 def peak_memory(device: torch.device, work: Callable) -> int:

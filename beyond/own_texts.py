@@ -8,7 +8,6 @@ model's chat template: once at temperature 0, and --answers times at each of the
 a tenth of the files and messages are held out, to measure on. Give TEXTS to train_lookahead.py or
 demo/recipes/distill.py.
 """
-import hashlib
 import sys
 from argparse import Namespace
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import torch
 
 from model import Llama, load_model
 from pass_sampler import Params, Sampler
-from support.chat import encode_message
+from support.chat import message_encoder
 from support.checkpoint import write_texts
 from support.data import (
     PROMPT,
@@ -27,6 +26,7 @@ from support.data import (
     add_data,
     check_context,
     read_data,
+    split_held,
     windows,
 )
 from support.errors import InputError, check_number, check_seed, run_script
@@ -68,25 +68,21 @@ def from_messages(args: Namespace, tokenizer: Tokenizer) -> list[Beginning]:
                              f"something else")
         messages += some
 
-    def by_hash(text):
-        return hashlib.sha256(text.encode(errors="replace")).digest()
-
-    prompts = []
-    for text in sorted(set(messages), key=by_hash):
-        prompts.append(encode_message(args.model, text, tokenizer))
-    kept = [prompt for prompt in prompts if len(prompt) <= LONGEST]
+    encode = message_encoder(args.model, tokenizer)
+    prompts = {text: encode(text) for text in messages}
+    kept = [text for text, prompt in prompts.items() if len(prompt) <= LONGEST]
     if len(kept) < len(prompts):
         print(f"--chat: {len(prompts) - len(kept)} messages of more than {LONGEST} tokens are left "
               f"out", file=sys.stderr)
     if len(kept) < 2:
         raise InputError(f"{args.chat} has {len(kept)} messages of at most {LONGEST} tokens; at "
                          f"least 2 are needed, as one is held out")
-    tenth = max(1, len(kept) // 10)
+    train, held = split_held(kept, lambda text: text.encode(errors="replace"))
     found = []
-    for i, prompt in enumerate(kept):
+    for i, text in enumerate(held + train):
         for temperature in TEMPERATURES:
             answers = args.answers if temperature else 1
-            found += [Beginning(prompt, temperature, i < tenth)] * answers
+            found += [Beginning(prompts[text], temperature, i < len(held))] * answers
     return found
 
 

@@ -162,9 +162,9 @@ def human_eval(args: Namespace) -> Iterator[str | dict]:
     for temperature in args.temperatures:
         plain = None
         params = Params(temperature)
-        contenders = [bench.contender(args, model, tokenizer, spec, params, args.samples)
-                      for spec in ["autoregressive", *args.methods]]
-        for number, (name, make) in enumerate(contenders):
+        specs = ["autoregressive", *args.methods]
+        makers = bench.contenders(args, model, tokenizer, specs, params, args.samples)
+        for number, (name, make) in enumerate(makers):
             sampler = make(args.samples, context)
             right = right_programs(problems, tokenizer, sampler, args.new_tokens,
                                    args.seed + 10_000 * number, f"{name} at {temperature:g}")

@@ -32,16 +32,15 @@ from support.terminal import add_common, new_parser, user_path
 def others(folder: Path, device: torch.device, gguf: list[Path]) -> dict[str, Callable]:
     """{name: function}. gguf: files of demo/recipes/to_gguf.py, for llama.cpp."""
     transformers = extra("transformers")
-    transformers.utils.logging.set_verbosity_error()
     found = {}
     for dtype in ("bfloat16",) if device.type == "cuda" else ("bfloat16", "float32"):
-        network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+        network = load_network(folder, dtype, device)
         ways = {"generate": {}, "prompt lookup": {"prompt_lookup_num_tokens": 10}}
         if device.type == "cuda":
             ways["static cache, compiled"] = {"cache_implementation": "static"}
         for way, options in ways.items():
             name = f"transformers {transformers.__version__}, {dtype}: {way}"
-            found[name] = partial(of_transformers, network.to(device).eval(), options)
+            found[name] = partial(of_transformers, network, options)
     for path in gguf:
         if not path.is_file():
             raise InputError(f"--gguf {path} does not exist; demo/recipes/to_gguf.py makes it")
@@ -53,6 +52,14 @@ def others(folder: Path, device: torch.device, gguf: list[Path]) -> dict[str, Ca
             raise InputError(f"cannot read {path}: {error}") from None
         found[f"llama.cpp, {path.stem}"] = partial(of_llama_cpp, engine)
     return found
+
+
+def load_network(folder: Path, dtype: str, device: torch.device) -> torch.nn.Module:
+    """The model as transformers loads it."""
+    transformers = extra("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+    return network.to(device).eval()
 
 
 def of_transformers(network, options: dict, params: Params, prompts: list[list[int]],
@@ -103,10 +110,10 @@ def peers(args: Namespace) -> Iterator[str | dict]:
     for (kind, some), t, k in itertools.product(prompts.items(), args.temperatures, args.top_k):
         params = Params(t, k)
         context = max(map(len, some)) + args.new_tokens
+        specs = ["autoregressive", *args.methods]
         functions = {}
-        for spec in ["autoregressive", *args.methods]:
-            name, make = bench.contender(args, model, tokenizer, spec, params, 1)
-            functions[name] = partial(bench.whole_texts, make(1, context))
+        for name, make in bench.contenders(args, model, tokenizer, specs, params, 1):
+            functions[name] = partial(make(1, context).generate, stop_tokens=())
         functions |= {name: partial(peer, params) for name, peer in theirs.items()}
         units = [[prompt] for prompt in some]
         seconds = bench.decoded(functions, units, args.seed, args.new_tokens, args.rounds,

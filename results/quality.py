@@ -105,9 +105,7 @@ def quality(args: Namespace) -> Iterator[str | dict]:
            f"each of {cells} cells; significant at .05 in all: below {0.05 / cells:.1g}.")
     for (kind, some), params in itertools.product(prompts.items(), settings):
         context = max(map(len, some)) + args.new_tokens
-        contenders = [bench.contender(args, model, tokenizer, spec, params, ROWS)
-                      for spec in args.methods]
-        for name, make in contenders:
+        for name, make in bench.contenders(args, model, tokenizer, args.methods, params, ROWS):
             what = f"{name}, {kind}, {params.temperature:g}"
             u, accepted = write_and_place(model, make(ROWS, context), some, args, what)
             z, p = p_value(u)

@@ -22,10 +22,10 @@ import torch
 import bench
 from model import load_model
 from pass_sampler import Params
-from results.peers import of_transformers
-from support.chat import encode_message
-from support.errors import DTYPES, InputError, check_number, extra, run_script
-from support.prompts import check_prompts
+from results.peers import load_network, of_transformers
+from support.chat import message_encoder
+from support.errors import InputError, check_number, run_script
+from support.prompts import check_room
 from support.tables import print_tables
 from support.terminal import add_common, new_parser, user_path
 
@@ -90,16 +90,12 @@ def spec_bench(args: Namespace) -> Iterator[str | dict]:
     model, tokenizer = load_model(args)
     network = None
     if args.prompt_lookup:
-        transformers = extra("transformers")
-        transformers.utils.logging.set_verbosity_error()
-        dtype = DTYPES[args.dtype or "float32"]
-        network = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-        network.to(model.embedding.device).eval()
+        network = load_network(args.model, args.dtype or "float32", model.embedding.device)
+    encode = message_encoder(args.model, tokenizer)
     prompts = {}
     for task, some in messages.items():
-        prompts[task] = [encode_message(args.model, text, tokenizer) for text in some]
-        check_prompts(prompts[task], args.new_tokens, model.config.vocab_size,
-                      model.config.context - args.new_tokens + 1)
+        prompts[task] = [encode(text) for text in some]
+        check_room(prompts[task], args.new_tokens, model.config)
     yield from bench.compared(args, model, tokenizer, lambda temperature: args.methods, prompts)
     if network:
         yield from prompt_lookup(args, network, prompts)

@@ -2,6 +2,7 @@
 import json
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -22,21 +23,19 @@ def encode_prompt(args: Namespace, text: str, tokenizer: Tokenizer) -> list[int]
     if args.system is not None and not args.chat:
         raise InputError("--system needs --chat")
     if args.chat:
-        return encode_message(args.model, text, tokenizer, args.system)
+        return message_encoder(args.model, tokenizer, args.system)(text)
     return tokenizer.encode(text)
 
 
-def encode_message(folder: Path, message: str, tokenizer: Tokenizer, system: str | None = None
-                   ) -> list[int]:
-    """Token ids of a message in the chat template of a model's folder, up to where the answer
-    begins. A beginning-of-text token is there if the template has one.
+def message_encoder(folder: Path, tokenizer: Tokenizer, system: str | None = None
+                    ) -> Callable[[str], list[int]]:
+    """A function from a message to the token ids of the chat template of a model's folder, up to
+    where the answer begins. A beginning-of-text token is there if the template has one.
 
-    Raises InputError where there is no template, or where it refuses the messages.
+    Raises InputError where there is no template; the function, where it refuses the messages.
     """
-    template, names = chat_template(folder)
-    messages = [{"role": "user", "content": message}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
+    source, names = chat_template(folder)
+    before = [] if system is None else [{"role": "system", "content": system}]
 
     def refuse(text):
         raise ValueError(text)
@@ -48,13 +47,27 @@ def encode_message(folder: Path, message: str, tokenizer: Tokenizer, system: str
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals |= {
         "raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    try:
-        text = environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, tools=None, documents=None, **names)
-    except Exception as error:  # It is a program, and may raise anything.
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"the chat template of {folder} cannot write this: {said[:200]}") from None
-    return tokenizer.encode(text, begin=False)
+
+    @contextmanager
+    def in_one_line():
+        try:
+            yield
+        except Exception as error:  # A template is a program, and may raise anything.
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"the chat template of {folder} cannot write this: "
+                             f"{said[:200]}") from None
+
+    with in_one_line():
+        template = environment.from_string(source)
+
+    def encode(message):
+        with in_one_line():
+            text = template.render(
+                messages=[*before, {"role": "user", "content": message}],
+                add_generation_prompt=True, tools=None, documents=None, **names)
+        return tokenizer.encode(text, begin=False)
+
+    return encode
 
 
 def chat_template(folder: Path) -> tuple[str, dict[str, str]]:

@@ -50,12 +50,16 @@ def split_files(paths: list[Path], suffix: str) -> tuple[list[Path], list[Path]]
         raise InputError(f"--data has {len(found)} files{of}; at least 2 are needed, as one is "
                          f"held out")
 
-    def by_hash(file):
-        return hashlib.sha256(os.fsencode(file.name)).digest()
+    train, held = split_held(sorted(found.values()), lambda file: os.fsencode(file.name))
+    return sorted(train), sorted(held)
 
-    hashed = sorted(sorted(found.values()), key=by_hash)
+
+def split_held(items: list, name: Callable[[object], bytes]) -> tuple[list, list]:
+    """(to train on, held out): held out is the tenth of items, but at least one, whose names hash
+    lowest. Both in the order of the hashes."""
+    hashed = sorted(items, key=lambda item: hashlib.sha256(name(item)).digest())
     tenth = max(1, len(hashed) // 10)
-    return sorted(hashed[tenth:]), sorted(hashed[:tenth])
+    return hashed[tenth:], hashed[:tenth]
 
 
 def read_data(tokenizer, paths: list[Path], suffix: str, least: int) -> list[Tensor]:

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from typing import TextIO
 
-from support.chat import add_chat, encode_message
+from support.chat import add_chat, message_encoder
 from support.errors import InputError
 from support.storage import read_json
 from support.terminal import user_path
@@ -58,23 +58,26 @@ def is_piped(stream: TextIO | None) -> bool:
 def read_prompts(args: Namespace, tokenizer, config) -> dict[str, list[list[int]]]:
     """{kind: prompts, as lists of token ids} of the JSON file args.prompts."""
     texts = read_json(args.prompts)
+    encode = message_encoder(args.model, tokenizer) if args.chat else tokenizer.encode
     prompts = {}
     for kind in args.kinds or texts or ["code"]:  # An empty file has no code.
         some = texts.get(kind)
         if not isinstance(some, list) or not all(isinstance(text, str) for text in some):
             raise InputError(f"{args.prompts} must hold {{kind: [text, ..]}}, and has no such "
                              f"{kind!r}")
-        if args.chat:
-            prompts[kind] = [encode_message(args.model, text, tokenizer)
-                             for text in some[:args.count]]
-        else:
-            prompts[kind] = [tokenizer.encode(text) for text in some[:args.count]]
-        check_prompts(prompts[kind], args.new_tokens, config.vocab_size, config.context)
-        longest = max(map(len, prompts[kind]))
-        if longest + args.new_tokens > config.context:  # A text cut short would not compare.
-            raise InputError(f"a prompt of {longest} tokens and {args.new_tokens} new ones are "
-                             f"more than the model's context of {config.context}")
+        prompts[kind] = [encode(text) for text in some[:args.count]]
+        check_room(prompts[kind], args.new_tokens, config)
     return prompts
+
+
+def check_room(prompts: list[list[int]], new_tokens: int, config) -> None:
+    """Raise InputError for prompts that cannot be continued by so many tokens: a text that the
+    model's context cuts short would not compare."""
+    check_prompts(prompts, new_tokens, config.vocab_size, config.context)
+    longest = max(map(len, prompts))
+    if longest + new_tokens > config.context:
+        raise InputError(f"a prompt of {longest} tokens and {new_tokens} new ones are more than "
+                         f"the model's context of {config.context}")
 
 
 def check_prompts(prompts: list[list[int]], max_new_tokens: int, vocab_size: int, context: int,

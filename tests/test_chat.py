@@ -12,7 +12,7 @@ import pass_sampler
 from model import Llama
 from pass_sampler import Params, generate
 from results import spec_bench
-from support.chat import encode_message
+from support.chat import message_encoder
 from support.checkpoint import read_texts
 from support.errors import InputError
 from support.tokenizer import load_tokenizer
@@ -55,7 +55,7 @@ def test_as_transformers(chat_folder, system):
         [messages], chat_template=TEMPLATE, add_generation_prompt=True, bos_token="<s>",
         eos_token="</s>")
     tokenizer = load_tokenizer(chat_folder, 320)
-    ids = encode_message(chat_folder, " Why? \n", tokenizer, system)
+    ids = message_encoder(chat_folder, tokenizer, system)(" Why? \n")
     assert ids == tokenizer.encode(expected, begin=False) == tokenizer.encode(expected)[1:]
 
 
@@ -64,9 +64,9 @@ def test_where_the_template_stands(chat_folder):
     tokenizer = load_tokenizer(chat_folder, 320)
     write(chat_folder, chat_template=[{"name": "tool", "template": "no"},
                                       {"name": "default", "template": "some"}])
-    assert encode_message(chat_folder, "Why?", tokenizer) == tokenizer.encode("some", begin=False)
+    assert message_encoder(chat_folder, tokenizer)("Why?") == tokenizer.encode("some", begin=False)
     (chat_folder / "chat_template.jinja").write_text("other")
-    assert encode_message(chat_folder, "Why?", tokenizer) == tokenizer.encode("other", begin=False)
+    assert message_encoder(chat_folder, tokenizer)("Why?") == tokenizer.encode("other", begin=False)
 
 
 @pytest.mark.parametrize("template, says", [
@@ -78,7 +78,7 @@ def test_where_the_template_stands(chat_folder):
 def test_templates_that_write_nothing(chat_folder, template, says):
     write(chat_folder, chat_template=template)
     with pytest.raises(InputError, match=says) as error:
-        encode_message(chat_folder, "Why?", load_tokenizer(chat_folder, 320))
+        message_encoder(chat_folder, load_tokenizer(chat_folder, 320))("Why?")
     assert "\n" not in str(error.value)
 
 
@@ -89,7 +89,7 @@ def test_command_lines(chat_folder, capsys):
                               "--max-new-tokens", 5)
     assert code == 0, err
     model, tokenizer = Llama.load(chat_folder), load_tokenizer(chat_folder, 320)
-    ids = encode_message(chat_folder, "Why?", tokenizer)
+    ids = message_encoder(chat_folder, tokenizer)("Why?")
     answer, = generate(model, [ids], "autoregressive", Params(1), 5)["tokens"]
     assert out == tokenizer.decode(answer) + "\n"
     code, out, err = run_main(demo.steps, capsys, *words, "--chat", "--steps", 1, "--length", 2)
@@ -113,7 +113,7 @@ def test_answers_to_train_on(chat_folder, tmp_path, capsys):
     assert len(texts.end) == 12 * (1 + 2 + 2) and int(texts.held.sum()) == 5
     prompts = {}
     for message in messages[:12]:
-        prompts[message] = encode_message(chat_folder, message, tokenizer)
+        prompts[message] = message_encoder(chat_folder, tokenizer)(message)
     for tokens, begin, end, t, _ in zip(*texts):
         prompt = tokens[:begin].tolist()
         assert prompt in prompts.values() and begin < end <= begin + 7
