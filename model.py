@@ -73,6 +73,7 @@ class Config:
             value = source.get(key)
             value = default if value is None else value
             largest = 2**31 if type_ is int else 1e30
+            largest = 2**12 if key == "num_hidden_layers" else largest  # each is an object
             if type(value) not in (int, type_) or not 0 < value < largest:
                 raise InputError(f"{path}: {key} must be a positive {type_.__name__}, not "
                                  f"{str(value)[:40]}")

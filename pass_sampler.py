@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,9 @@ class Params:
     top_p: float = 1.0  # 1 is off
 
     def __post_init__(self):
-        if not (0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
+        kinds = zip((self.temperature, self.top_k, self.top_p), (Real, Integral, Real))
+        if not (all(isinstance(value, kind) for value, kind in kinds)
+                and 0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise InputError(f"temperature and top-k must be 0 or positive, top-p above 0 and at "
                              f"most 1, not {self}")
 
@@ -300,7 +303,7 @@ METHODS = {
 
 def method_named(name: str) -> Method:
     """An entry of METHODS."""
-    if name not in METHODS:
+    if name not in [*METHODS]:
         raise InputError(f"there is no method {name!r}, only {', '.join(METHODS)}; more come with "
                          f"`import beyond`")
     return METHODS[name]
@@ -333,6 +336,9 @@ class Sampler:
         del known["s"]
         needed = [name for name, option in known.items() if option.default is option.empty]
         check_options(method, options, [*known], needed)
+        check_number("rows", rows, 2**16)
+        if context != math.inf:
+            check_number("context", context, math.inf)
         device = model.embedding.device
         self.model, self.name, self.params, self.rows = model, method, params, rows
         self.context = min(context, model.config.context)
@@ -414,7 +420,9 @@ class Sampler:
         """
         start = time.perf_counter()
         config = self.model.config
-        check_prompts(prompts, max_new_tokens, config.vocab_size, self.context, self.rows)
+        prompts = check_prompts(
+            prompts, max_new_tokens, config.vocab_size, self.context, self.rows)
+        check_seed(seed)
         stops = config.stop_tokens
         if stop_tokens is not None:
             stops = checked_stop_tokens(stop_tokens, config.vocab_size)
@@ -450,7 +458,8 @@ def generate(model: Llama, prompts: list[list[int]], method: str = "pass",
              on_token: Callable[[int, int, bool], object] | None = None,
              stop_tokens: list[int] | None = None, graph: bool = True, **options) -> dict:
     """`Sampler.generate` of a Sampler that is used once."""
-    check_prompts(prompts, max_new_tokens, model.config.vocab_size, model.config.context)
+    config = model.config
+    prompts = check_prompts(prompts, max_new_tokens, config.vocab_size, config.context)
     context = max(map(len, prompts)) + max_new_tokens
     sampler = Sampler(model, method, params, len(prompts), context, graph, **options)
     return sampler.generate(prompts, max_new_tokens, seed, on_token, stop_tokens)

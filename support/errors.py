@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from numbers import Integral
 from types import ModuleType
 
 import torch
@@ -57,13 +58,12 @@ def run_script(main: Callable) -> None:
 
 def check_seed(seed: int) -> None:
     """Raise InputError for a seed from which not all random numbers could be derived."""
-    if not 0 <= seed < 2**40:
-        raise InputError(f"seed must be 0 to 2**40 - 1, not {seed}")
+    check_number("seed", seed, 2**40 - 1, 0)
 
 
 def check_number(name: str, value: int, largest: int, least: int = 1) -> None:
-    """Raise InputError for what is not from `least` to `largest`."""
-    if not least <= value <= largest:
+    """Raise InputError for what is no whole number from `least` to `largest`."""
+    if not isinstance(value, Integral) or not least <= value <= largest:
         raise InputError(f"{name} must be {least} to {largest}, not {value}")
 
 
@@ -80,7 +80,8 @@ def check_options(method: str, given: dict, known: list[str], needed: list[str])
 
 def device_named(name: str | None) -> torch.device:
     """The device of --device; None is a GPU where there is one."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.zeros(1, device=name).device
         if device.type == "cuda":

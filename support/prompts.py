@@ -1,5 +1,6 @@
 """Prompts: where they come from, and which cannot be continued."""
 import math
+import operator
 import os
 import stat
 import sys
@@ -80,16 +81,30 @@ def check_room(prompts: list[list[int]], new_tokens: int, config) -> None:
                          f"the model's context of {config.context}")
 
 
+def integers(values: Iterable) -> list[int] | None:
+    """The integers that a list, an array or a tensor holds; None for what holds others."""
+    if isinstance(values, bytes):
+        return None  # a text
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        return None
+
+
 def check_prompts(prompts: list[list[int]], max_new_tokens: int, vocab_size: int, context: int,
-                  rows: float = math.inf) -> None:
-    """Raise InputError for prompts that cannot be continued. context: the longest text, in tokens.
-    rows: prompts at once, at most."""
-    if not prompts or max_new_tokens < 1:
+                  rows: float = math.inf) -> list[list[int]]:
+    """Prompts as lists. Raises InputError for what cannot be continued. context: the longest text,
+    in tokens. rows: prompts at once, at most."""
+    try:
+        prompts = [integers(prompt) for prompt in prompts]
+    except TypeError:
+        prompts = [None]
+    if not prompts or not integers([max_new_tokens]) or max_new_tokens < 1:
         raise InputError("at least one prompt and one new token are needed")
     if len(prompts) > rows:
         raise InputError(f"{len(prompts)} prompts for a Sampler of {rows} rows")
     for prompt in prompts:
-        if not isinstance(prompt, list) or not all(isinstance(token, int) for token in prompt):
+        if prompt is None:
             raise InputError("prompts must be a list of lists of token ids")
         if not prompt:
             raise InputError("the prompt is empty; give at least one token")
@@ -99,16 +114,14 @@ def check_prompts(prompts: list[list[int]], max_new_tokens: int, vocab_size: int
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise InputError(f"the prompt has tokens from {min(prompt)} to {max(prompt)}, the "
                              f"model 0 to {vocab_size - 1}: is it the model's tokenizer?")
+    return prompts
 
 
 def checked_stop_tokens(stop_tokens: Iterable[int], vocab_size: int) -> list[int]:
     """A list of them. Raises InputError for what are not ids of tokens: a string would never match
     one."""
-    try:
-        ids = list(stop_tokens)
-    except TypeError:
-        ids = [None]
-    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+    ids = integers(stop_tokens)
+    if ids is None or not all(0 <= token < vocab_size for token in ids):
         raise InputError(f"stop_tokens must be a list of token ids from 0 to {vocab_size - 1}, not "
                          f"{stop_tokens!r}")
     return ids

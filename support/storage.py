@@ -32,7 +32,7 @@ def reason(error: Exception, path: Path) -> str:
         with open(path, "rb") as file:
             if file.read(40).startswith(b"version https://git-lfs"):
                 return "it is a Git LFS pointer; fetch the file itself with: git lfs pull"
-    except OSError:
+    except (OSError, ValueError):
         pass
     return " ".join(str(error).split())
 
@@ -94,7 +94,7 @@ def write_file(path: Path, save: Callable[[Path], object]) -> None:
     A file that is there keeps its mode. Where `path` is a symlink, what it points to is written. A
     device or a pipe is written to and stays what it is.
     """
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # Path.resolve raises where links circle
     special = path.exists() and not path.is_file()
     temporary = None
     try:

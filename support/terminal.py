@@ -15,7 +15,7 @@ from support.errors import DTYPES, InputError
 def user_path(text: str) -> Path:
     """The path of a command line: `~` is the home folder, also where a shell leaves it, as in
     --model=~/x."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def new_parser(about: str) -> ArgumentParser:

@@ -33,7 +33,7 @@ class Tokenizer:
         InputError for what is no Unicode text, such as half a character."""
         try:
             text.encode()
-        except UnicodeError as error:
+        except (UnicodeError, AttributeError) as error:
             raise InputError(f"not a text: {error}") from None
         return self.unchecked(text, begin)
 

@@ -46,7 +46,9 @@ def refused(capsys, *words):
     ("--top-k 5", "need a --temperature above 0"), (f"--samples {10**8}", "samples must be 1 to"),
     (f"--length {10**10}", "length must be"), (f"--seed {2**64}", "seed must be"),
     ("--seed -1", "seed must be"), ("--device meta", "device 'meta' cannot"),
-    ("--device cuda:99", "cannot be used"), ("--lookahead nowhere", "cannot read nowhere"),
+    ("--device cuda:99", "cannot be used"), ("--device=", "cannot be used"),
+    ("--model ~no-such-user/x", "no model folder ~no-such-user"),
+    ("--lookahead nowhere", "cannot read nowhere"), ("--lookahead a\0b", "cannot read a"),
     ("--lookahead .", "is a folder"),
     ("--method draft-model --draft-model nowhere", "no model folder nowhere"),
     (f"--method tree --tree {'9' * 5000}", "must be digits, and stand with"),
@@ -86,7 +88,7 @@ def test_files_that_lie(name, content, copy, capsys):
 
 @pytest.mark.parametrize("index", [
     {}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "missing.safetensors"}},
-    {"weight_map": {"a": "."}}], ids=str)
+    {"weight_map": {"a": "."}}, {"weight_map": {"a": "nul\0"}}], ids=str)
 def test_bad_indices(index, copy, capsys):
     (copy / "model.safetensors").unlink()
     assert "model.safetensors" in refused(capsys, "--model", copy)

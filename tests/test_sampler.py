@@ -6,6 +6,7 @@ import re
 import weakref
 
 import naive
+import numpy as np
 import pytest
 import torch
 from common import REAL, options, random_lookahead, tiny
@@ -270,12 +271,38 @@ NO_STOPS = "stop_tokens must be a list of token ids from 0 to 29"
     ({"prompts": [[1] * 64]}, "shorten the"), ({"prompts": [[1, 2.0]]}, "lists of token ids"),
     ({"prompts": [[1, 30]]}, "tokens from 1 to 30"), ({"prompts": [[-1]]}, "tokens from -1"),
     *[({"stop_tokens": stops}, NO_STOPS) for stops in (5, "5", ["5"], [30], [-1], [1.0], [None])],
+    ({"prompts": torch.rand(2, 2)}, "lists of token ids"), ({"prompts": 5}, "list of lists"),
+    ({"prompts": [b"ab"]}, "list of lists"), ({"max_new_tokens": 1.5}, "one new token"),
+    ({"seed": 1.5}, "seed must be"), ({"seed": None}, "seed must be"),
 ], ids=str)
 def test_what_is_refused(change, says):
     """Options that a method has not, prompts that cannot be continued, ids that are none."""
     words = {"prompts": [[1]], "method": "autoregressive"} | change
     with pytest.raises(InputError, match=says):
         generate(tiny(30), **words)
+
+
+@pytest.mark.parametrize("integers", [tuple, np.array, torch.tensor, set], ids=str)
+def test_integers_of_other_packages(integers):
+    """Prompts and stop tokens may be what numpy and torch have in place of a list of integers."""
+    llama = tiny(30)
+    plain = run(llama, "autoregressive", [[1]], 20, Params(1))["tokens"][0]
+    text = run(llama, "autoregressive", [integers([1])], np.int64(20), Params(1),
+               stop_tokens=integers([plain[9]]))["tokens"][0]
+    assert text == plain[:plain.index(plain[9]) + 1]
+
+
+@pytest.mark.parametrize("change", [
+    {"temperature": "1"}, {"temperature": torch.rand(2)}, {"top_k": 1.5}, {"top_p": None}], ids=str)
+def test_parameters_of_other_types(change):
+    with pytest.raises(InputError, match="temperature and top-k must be"):
+        Params(**change)
+
+
+@pytest.mark.parametrize("change", [{"rows": 0}, {"rows": 1.5}, {"context": "9"}, {"context": 0}])
+def test_a_sampler_of_no_size(change):
+    with pytest.raises(InputError, match=f"{[*change][0]} must be"):
+        Sampler(tiny(30), "autoregressive", **change)
 
 
 def test_stop_tokens():
