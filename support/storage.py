@@ -94,10 +94,12 @@ def write_file(path: Path, save: Callable[[Path], object]) -> None:
     A file that is there keeps its mode. Where `path` is a symlink, what it points to is written. A
     device or a pipe is written to and stays what it is.
     """
-    target = Path(os.path.realpath(path))  # Path.resolve raises where links circle
+    target = Path(os.path.realpath(path))
     special = path.exists() and not path.is_file()
     temporary = None
     try:
+        if target.is_symlink():
+            raise OSError("symlinks that point to each other")
         beside = None if special else target.parent
         number, name = tempfile.mkstemp(dir=beside, prefix=f"{target.name[:100]}.")
         os.close(number)

@@ -246,6 +246,10 @@ def test_what_is_no_regular_file_stays_what_it_is(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "target")
     write_tensors({"a": torch.zeros(2)}, tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and load_file(tmp_path / "target")["a"].shape == (2,)
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for write in (check_writable, lambda path: write_text(path, "a")):
+        with pytest.raises(InputError, match="cannot write"):
+            write(tmp_path / "circle")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "pipe.tmp").touch()  # somebody else's
     reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)

@@ -117,8 +117,8 @@ BAD_CONFIGS = [
     {"rope_scaling": {"type": "linear", "factor": 0}}, {"rope_scaling": "linear"},
     {"rope_scaling": {"type": "linear", "factor": 10**400}}, {"rope_scaling": [1]},
     {"rope_scaling": {"rope_type": ["linear"]}}, {"rope_theta": "big"}, {"rope_theta": True},
-    {"num_key_value_heads": 3}, {"num_attention_heads": 0}, {"hidden_size": "16"},
-    {"hidden_size": 2**31}, {"head_dim": 5}, {"vocab_size": None},
+    {"num_key_value_heads": 3}, {"num_attention_heads": 0}, {"num_hidden_layers": 2**30},
+    {"hidden_size": "16"}, {"hidden_size": 2**31}, {"head_dim": 5}, {"vocab_size": None},
     {"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1},  # does not fit into memory
     {"rms_norm_eps": -1.0}, {"rms_norm_eps": float("nan")}, {"torch_dtype": "int8"},
     {"torch_dtype": ["float16"]}, {"dtype": {"a": 1}}, {"eos_token_id": "stop"},
