@@ -34,10 +34,11 @@ from beyond.own_texts import own_texts
 from beyond.training import accepted_of_several
 from beyond.tree import best_of, choose, table_for
 from model import Cache, Config, Llama, has_fbgemm, load_model, pack
-from pass_sampler import Params, Sampler, load_lookahead, method_named, method_options
+from pass_sampler import METHODS, Params, Sampler, load_lookahead
 from support.data import PROMPT, Texts
 from support.errors import DTYPES, InputError, check_number, check_seed, device_named, run_script
 from support.graph import Replay
+from support.methods import method_named, method_options
 from support.prompts import read_prompts
 from support.tables import print_tables
 from support.terminal import add_common, new_parser, user_path
@@ -141,7 +142,7 @@ def contender(args: Namespace, model: Llama, tokenizer: Tokenizer, spec: str, pa
     auto = given.get("tree") == "auto"
     if auto:
         del given["tree"]
-    options = method_options(method, given, model, tokenizer)
+    options = method_options(METHODS, method, given, model, tokenizer)
     graph = not args.no_graph
     if auto:
         options["tree"] = choose(model, options["lookahead"], params.temperature, rows, graph)
@@ -162,7 +163,7 @@ def given_by(args: Namespace, spec: str) -> tuple[str, dict]:
     """The method of METHOD[:FILE][=SHAPE] and its words, as a command line would give them."""
     head, _, shape = spec.partition("=")
     name, _, file = head.partition(":")
-    method = method_named(name)
+    method = method_named(METHODS, name)
     given = {}
     for word in ("lookahead", "draft_model"):
         if word in method.flags:
@@ -232,21 +233,26 @@ def cost(args: Namespace) -> Iterator[str | dict]:
     model = random_model(args) if args.shape else load_model(args)[0]
     columns = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
     contexts = [n for n in (128, 2048) if n + 64 <= model.config.context] or [1]
-    yield f"{machine(model)}. Median and 95 % interval of {args.rounds} interleaved rounds."
+    size = parameters(model) - (0 if model.config.tied else model.embedding.numel())
+    read = size * model.dtype.itemsize
+    yield (f"{machine(model)}. A pass reads {read / 1e6:.0f} MB of weights. Median and 95 % "
+           f"interval of {args.rounds} interleaved rounds. Share of best: of the speed at which "
+           f"the sum of as many bytes (at most 1 GiB) is taken, in the same rounds.")
+    numbers = torch.ones(min(read, 2**30) // 4, device=model.embedding.device)  # float32
 
     for n in contexts:
         cache = Cache(model, 1, n + 64)
         cache.commit(n)
         functions = {T: timed_pass(model, cache, T, not args.no_graph) for T in columns}
+        functions["best"] = timed(numbers.sum)
         seconds = interleaved(functions, [None], args.rounds, f"after {n} tokens")
         for T in columns:
             middle, low, high = interval(seconds[T] / seconds[1])
+            usual = seconds[T].quantile(0.5).item()
+            best = numbers.nbytes / seconds["best"].quantile(0.5).item()
             yield {"weights": str(model.dtype)[6:], "after tokens": n, "columns": T,
-                   "ms": 1000 * seconds[T].quantile(0.5).item(), "against one": middle,
-                   "from": low, "to": high}
-    size = parameters(model) - (0 if model.config.tied else model.embedding.numel())
-    read = size * model.dtype.itemsize
-    yield f"One column reads {read / 1e6:.0f} MB of weights."
+                   "ms": 1000 * usual, "against one": middle, "from": low, "to": high,
+                   "GB/s": read / usual / 1e9, "share of best %": 100 * read / usual / best}
 
 
 def timed_pass(model: Llama, cache: Cache, T: int, graph: bool) -> Callable:
@@ -260,13 +266,18 @@ def timed_pass(model: Llama, cache: Cache, T: int, graph: bool) -> Callable:
     def run():
         return model.logits(model(tokens, cache))[0, 0, 0]
 
-    def timed(unit, turn):
+    replay(run)
+    return timed(partial(replay, run))
+
+
+def timed(function: Callable[[], Tensor]) -> Callable:
+    """A function(unit, round) -> seconds of function(), whose result is one number."""
+    def seconds(unit, turn):
         start = time.perf_counter()
-        replay(run).item()  # waits for a GPU
+        function().item()  # waits for a GPU
         return time.perf_counter() - start
 
-    replay(run)
-    return timed
+    return seconds
 
 
 SHAPES = {  # LLaMA 2 7B, and TinyLlama 1.1B
@@ -455,7 +466,7 @@ def check_args(args: Namespace) -> None:
             check_number(f"--{name.replace('_', '-')}", value, most)
     methods = [re.split("[:=]", spec)[0] for spec in args.methods]
     for method in methods:
-        method_named(method)
+        method_named(METHODS, method)
     if ("draft-model" in methods) != bool(args.draft_model):
         raise InputError("--draft-model DIR and the method draft-model need each other")
     for t, k in itertools.product(args.temperatures, args.top_k):

@@ -11,7 +11,6 @@ Read model.py before, and train_lookahead.py after.
 import support
 
 support.ctrl_c_leaves(__name__)
-import importlib.util
 import inspect
 import math
 import time
@@ -30,6 +29,14 @@ from support.chat import encode_prompt
 from support.checkpoint import read_lookahead
 from support.errors import InputError, check_number, check_options, check_seed, run_script
 from support.graph import Replay
+from support.methods import (
+    Method,
+    add_beyond,
+    add_flags,
+    given_flags,
+    method_named,
+    method_options,
+)
 from support.prompts import add_prompt, check_prompts, checked_stop_tokens, read_prompt
 from support.text import figures, new_texts, rows_of
 from support.tokenizer import Tokenizer
@@ -270,19 +277,6 @@ def parallel(s: "Sampler", lookahead: Lookahead) -> Step:
     return Step(run, uniforms=2 * L + 2, drafts=L, passes=2)
 
 
-class Method(NamedTuple):
-    """An entry of METHODS. A method's own options stand with it, here or in beyond/.
-
-    step: a function of a Sampler and of options. flags: {option: what argparse is told of it}, of
-    the command line. read(model, tokenizer, **given): turns what a command line gives
-    into options of `step`. shape: the flag that "=SHAPE" stands for in `bench.py --methods`.
-    """
-    step: Callable[..., Step]
-    flags: dict[str, dict] = {}
-    read: Callable[..., dict] = lambda model, tokenizer, **given: given
-    shape: str = "length"
-
-
 LOOKAHEAD_FLAGS = {
     "lookahead": dict(metavar="FILE|unk|mean", help="trained; or untrained (mean)"),
     "length": dict(type=int, metavar="L", help="drafts: the first L look-ahead tokens of the file"),
@@ -301,20 +295,6 @@ METHODS = {
 }
 
 
-def method_named(name: str) -> Method:
-    """An entry of METHODS."""
-    if name not in [*METHODS]:
-        raise InputError(f"there is no method {name!r}, only {', '.join(METHODS)}; more come with "
-                         f"`import beyond`")
-    return METHODS[name]
-
-
-def add_beyond(module: str = "") -> None:
-    """Let beyond/ add its methods, for command lines. Without that folder there are the paper's."""
-    if importlib.util.find_spec("beyond"):
-        importlib.import_module(f"beyond.{module}".rstrip("."))
-
-
 # ------------------------------------------------- the loop
 
 PREFILL = 2048  # columns per block of prefill, of all rows: bounds its memory
@@ -331,7 +311,7 @@ class Sampler:
                  rows: int = 1, context: float = math.inf, graph: bool = True, **options):
         """rows: prompts at once, at most. context: tokens of prompt and text (at most the model's;
         a GPU reads as many slots per step). graph: whether a GPU records the step."""
-        make = method_named(method).step
+        make = method_named(METHODS, method).step
         known = dict(inspect.signature(make).parameters)
         del known["s"]
         needed = [name for name, option in known.items() if option.default is option.empty]
@@ -467,15 +447,6 @@ def generate(model: Llama, prompts: list[list[int]], method: str = "pass",
 
 # --------------------------------------------- command line
 
-def method_options(name: str, given: dict, model: Llama, tokenizer: Tokenizer) -> dict:
-    """The options of a method, of what a command line gives: {word: value}, None where it was not
-    given. A word that would have no effect is refused."""
-    given = {word: value for word, value in given.items() if value is not None}
-    method = method_named(name)
-    check_options(name, given, [*method.flags], [])
-    return method.read(model, tokenizer, **given)
-
-
 def main() -> None:
     add_beyond()
     parser = terminal.new_parser(__doc__)
@@ -483,7 +454,7 @@ def main() -> None:
     terminal.add_common(add)
     add_prompt(parser)
     add("--method", choices=METHODS, default="pass", help="(default: pass)")
-    terminal.add_method_flags(add, METHODS)
+    add_flags(add, METHODS)
     terminal.add_params(add, Params)
     add("--max-new-tokens", type=int, default=128, help="(default: 128)")
     add("--samples", type=int, default=1, help="texts (default: 1)")
@@ -495,7 +466,7 @@ def main() -> None:
     check_seed(args.seed)
     check_number("samples", args.samples, 2**16)
     model, tokenizer = load_model(args)
-    options = method_options(args.method, terminal.given_flags(args, METHODS), model, tokenizer)
+    options = method_options(METHODS, args.method, given_flags(args, METHODS), model, tokenizer)
     prompts = [encode_prompt(args, text, tokenizer)] * args.samples
     show = None if args.json else terminal.printer(tokenizer, "" if args.chat else text)
     result = generate(model, prompts, args.method, params, args.max_new_tokens, args.seed, show,

@@ -30,7 +30,6 @@ from model import Cache, Llama, load_model
 from pass_sampler import (
     Lookahead,
     Params,
-    add_beyond,
     generate,
     lookahead_of,
     lookahead_tensors,
@@ -58,6 +57,7 @@ from support.data import (
 )
 from support.errors import InputError, check_number, check_seed, run_script
 from support.journal import Journal, file_beside, new_state
+from support.methods import add_beyond
 from support.processes import average, join_processes, leave_processes
 from support.storage import check_writable, write_tensors
 from support.terminal import add_common, new_parser, progress, user_path

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from model import Llama
-from pass_sampler import Made, Method, Sampler, Step, draw, probs, verify
+from pass_sampler import Made, Sampler, Step, draw, probs, verify
 from support.errors import InputError, check_number
+from support.methods import Method
 from support.terminal import user_path
 from support.tokenizer import Tokenizer, load_tokenizer
 

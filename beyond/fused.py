@@ -25,12 +25,12 @@ from pass_sampler import (
     LOOKAHEAD_FLAGS,
     Lookahead,
     Made,
-    Method,
     Sampler,
     Step,
     lookahead_options,
     verify,
 )
+from support.methods import Method
 
 
 class Layout:

@@ -27,7 +27,6 @@ from pass_sampler import (
     LOOKAHEAD_FLAGS,
     Lookahead,
     Made,
-    Method,
     Params,
     Sampler,
     Step,
@@ -37,6 +36,7 @@ from pass_sampler import (
     residual,
 )
 from support.errors import InputError
+from support.methods import Method
 
 
 class Shape:

@@ -6,6 +6,7 @@ checkpoint.py interrupted trainings, look-ahead files, texts that a model wrote
 tokenizer.py  text to token ids and back
 added_tokens.py  tokens beside the vocabulary: which file wins, what is printed, what ends a text
 chat.py       a message, written as the model's own template has it
+methods.py    what a method is to a command line: name, options
 terminal.py   command lines, and what is printed while a text is made
 prompts.py    prompts: where they come from, and which cannot be continued
 text.py       new texts: where they end, how many steps and drafts they took

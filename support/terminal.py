@@ -32,23 +32,6 @@ def add_common(add: Callable, model_required: bool = True) -> None:
     add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
 
 
-def add_method_flags(add: Callable, methods: dict) -> None:
-    """Add the flags of all methods, each once. methods: METHODS of pass_sampler.py."""
-    found = {}
-    for name, method in methods.items():
-        for flag, about in method.flags.items():
-            texts = found.setdefault(flag, (about, {}))[1]
-            texts.setdefault(about["help"], []).append(name)
-    for flag, (about, texts) in found.items():
-        told = "; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items())
-        add(f"--{flag.replace('_', '-')}", **about | {"help": told})
-
-
-def given_flags(args: Namespace, methods: dict) -> dict:
-    """{flag: value} of the flags of methods, None where a command line does not give it."""
-    return {flag: getattr(args, flag) for method in methods.values() for flag in method.flags}
-
-
 def add_params(add: Callable, kind: type) -> None:
     """Add a word for each field of a dataclass of sampling parameters."""
     for f in fields(kind):
