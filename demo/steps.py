@@ -166,8 +166,12 @@ class Story:
         """A token as Python shows it."""
         return repr(self.tokenizer.decode([token]))
 
-    def step(self, n: int, h: Happened) -> list[Line]:
-        """All that is told of step n."""
+    def step(self, n: int, h: Happened, brief: bool = False) -> list[Line]:
+        """All that is told of step n; or, in brief, how its drafts were judged."""
+        if brief:
+            where = (f"After {self.word(h.x_n)} the model itself drew {self.word(h.x)}. The drafts "
+                     f"for the tokens after it:")
+            return [[(where, "told")], *self.verdicts(h)]
         L = len(h.drafts)
         accepted = sum(draft.verdict == "accepted" for draft in h.drafts)
         names = ["x_n", *(f"LA_{j}" for j in range(1, 1 + L))]
@@ -285,6 +289,7 @@ def parse(parser: ArgumentParser | None = None) -> Namespace:
     add_chat(add)
     add_params(add, Params)
     add("--steps", type=int, default=3, help="(default: 3)")
+    add("--brief", action="store_true", help="show only how the drafts were judged")
     parser.set_defaults(temperature=1.0)
     args = parser.parse_args()
     own = Path(__file__).resolve().parent / "model"
@@ -315,7 +320,7 @@ def tell(args: Namespace) -> Iterator[list[Line]]:
     story = Story(tokenizer, "" if args.chat else args.prompt)
     steps = walk(model, lookahead, params, prompt, args.steps, args.seed)
     for n, happened in enumerate(steps, 1):
-        yield story.step(n, happened)
+        yield story.step(n, happened, args.brief)
 
 
 def main() -> None:
