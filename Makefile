@@ -42,6 +42,9 @@ pages: $(VENV)/extras  ## are files, commands and figures on the pages what they
 	$(IN) -m pytest -q tests/pages.py
 	$(IN) results/page.py --check
 
+commands: $(VENV)/extras  ## run every command of every page, shortened
+	$(IN) tests/commands.py
+
 mutants: $(VENV)/ready  ## plant every known bug: caught / planted
 	$(IN) tests/mutants.py
 
@@ -52,37 +55,50 @@ soak: $(VENV)/ready  ## the statistical tests with fresh seeds, for so many MINU
 # $(call measure,NAME,ARGUMENTS) leaves OUT/NAME.json.
 OUT = results
 measure = mkdir -p $(OUT); $(IN) $(2) --json $(OUT)/$(1).json
-PAPER = pass:unk pass:demo/smollm2-paper.safetensors
+PAPER = pass:demo/smollm2-paper.safetensors
+paper = $(foreach L,$(1),$(PAPER)=$(L))
 SPEED = bench.py speed $(SMOLLM2) --temperatures 0 1 --methods \
-	$(PAPER) pass=3 pass fused=1 "tree=0 1"
-QUALITY = results/quality.py $(SMOLLM2) --temperatures 0.6 1
+	$(call paper,1 2) pass=3 fused=1 "tree=0 1"
+QUALITY = results/quality.py $(SMOLLM2) --kinds prose --methods
 
-bench: $(VENV)/bench models/smollm2/model.safetensors  ## the main tables: half an hour
+bench: $(VENV)/bench models/smollm2/model.safetensors  ## the main tables: an hour
 	$(call measure,smollm2-cost,bench.py cost --model models/smollm2)
 	$(call measure,demo-cost,bench.py cost --model demo/model)
-	$(call measure,smollm2-acceptance,bench.py acceptance $(SMOLLM2) --count 10 --positions 0 900 2900)
 	$(call measure,smollm2-speed,$(SPEED))
 	$(call measure,demo-speed,bench.py speed $(OWN) $(PROMPTS) \
-		--methods pass:demo/model/paper.safetensors pass fused=1)
-	$(call measure,smollm2-length,bench.py length $(SMOLLM2) --kinds code --temperatures 0 1)
+		--methods pass:demo/model/paper.safetensors=1 pass=3 fused=1)
 	$(call measure,smollm2-paper-length,bench.py speed $(SMOLLM2) --kinds code \
-		--temperatures 0 1 --methods \
-		$(foreach L,1 2 3 4,pass:demo/smollm2-paper.safetensors=$(L)))
+		--temperatures 0 1 --methods $(call paper,1 2 4 6 8))
+	$(call measure,smollm2-length,bench.py length $(SMOLLM2) --kinds code --temperatures 0 1)
+	$(call measure,smollm2-rows,bench.py speed $(SMOLLM2) --kinds code --temperatures 0 \
+		--rows 1 2 4 8 --decode 0 --methods pass=3 fused=1)
 	$(call measure,smollm2-memory,bench.py memory $(SMOLLM2))
 	$(IN) results/step.py --seed 20 --out results/step.svg
 	$(IN) results/page.py
 
 bench-long: $(VENV)/bench models/smollm2/model.safetensors  ## the other tables: five hours, 20 GB
-	$(call measure,smollm2-cost-bfloat16,bench.py cost --model models/smollm2 --dtype bfloat16)
-	$(call measure,cost-7b,bench.py cost --shape 7b --rounds 5)
 	$(call measure,smollm2-speed-again,$(SPEED))
-	$(call measure,smollm2-rows,bench.py speed $(SMOLLM2) --kinds code --count 16 --new-tokens 32 \
-		--temperatures 0 --rows 1 2 4 8 16 --decode 0)
-	$(call measure,smollm2-quality,$(QUALITY) --methods $(PAPER) pass fused=1 "tree=0 1")
-	$(call measure,smollm2-quality-cut,$(QUALITY) --methods pass fused=1 --top-k 20 --top-p 0.9)
-	$(call measure,smollm2-quality-bug,$(QUALITY) --methods $(PAPER) pass --bug)
+	$(call measure,smollm2-cost-bfloat16,bench.py cost --model models/smollm2 --dtype bfloat16)
+	$(call measure,cost-1b,bench.py cost --shape 1b --rounds 10)
+	$(call measure,cost-7b,bench.py cost --shape 7b --rounds 5)
+	$(call measure,smollm2-acceptance,bench.py acceptance $(SMOLLM2) --count 10 \
+		--positions 0 900 2900)
+	$(call measure,demo-quality,results/quality.py $(OWN) $(PROMPTS) --methods \
+		pass:unk pass:demo/model/paper.safetensors pass fused=1 "tree=0 1")
+	$(call measure,demo-quality-cut,results/quality.py $(OWN) $(PROMPTS) --methods pass fused=1 \
+		--top-k 20 --top-p 0.9)
+	$(call measure,demo-quality-bug,results/quality.py $(OWN) $(PROMPTS) --bug --methods pass:unk \
+		pass fused=1)
+	$(call measure,smollm2-quality,$(QUALITY) pass=3 fused=1)
 	$(IN) results/humaneval.py $(SMOLLM2) --methods pass=3 fused=1 --problems 33 \
 		--execute --json $(OUT)/smollm2-humaneval.json
+	$(IN) results/page.py
+
+# QUESTIONS=question.jsonl is in github.com/hemingkx/Spec-Bench, below data/spec_bench.
+SPEC_BENCH = results/spec_bench.py $(SMOLLM2) --questions $(QUESTIONS) --methods \
+	$(call paper,1) pass=3 fused=1
+spec-bench: $(VENV)/bench models/smollm2/model.safetensors  ## by task, of your QUESTIONS=FILE
+	$(call measure,spec-bench,$(SPEC_BENCH) --rounds 10 --decode 0 --prompt-lookup)
 	$(IN) results/page.py
 
 GGUF = models/smollm2/f16.gguf models/smollm2/q8_0.gguf
@@ -92,20 +108,20 @@ peers: $(VENV)/bench $(GGUF)  ## other programs, same weights: compiles llama.cp
 		--rounds 2 --gguf $(GGUF))
 	$(IN) results/page.py
 
-# On a GPU; `make bench-gpu OUT=FOLDER` leaves the files elsewhere.
+# On a GPU: the most important first, each part ends after so many seconds, 12 minutes in all.
+# `make bench-gpu OUT=FOLDER` leaves the files elsewhere.
 WITH_GPU = --device cuda --new-tokens 128
+within = -mkdir -p $(OUT); timeout -s INT $(1) $(IN) $(3) --json $(OUT)/$(2).json
 bench-gpu: $(VENV)/bench models/smollm2/model.safetensors  ## the main tables on a GPU
-	$(call measure,gpu-cost,bench.py cost --model models/smollm2 --device cuda)
-	$(call measure,gpu-cost-1b,bench.py cost --shape 1b --device cuda)
-	$(call measure,gpu-cost-7b,bench.py cost --shape 7b --device cuda)
-	$(call measure,gpu-speed,bench.py speed $(SMOLLM2) $(WITH_GPU) \
-		--methods $(PAPER) pass fused=1 fused=3 "tree=0 1 00")
-	$(call measure,gpu-rows,bench.py speed $(SMOLLM2) $(WITH_GPU) --kinds code --count 16 \
-		--temperatures 0 --rows 1 2 4 8 16 --methods pass fused=1 fused=3)
-	$(call measure,gpu-memory,bench.py memory $(SMOLLM2) --device cuda)
-	$(call measure,gpu-peers,results/peers.py $(SMOLLM2) $(WITH_GPU) --kinds code --count 6 --temperatures 0)
-	$(IN) results/humaneval.py $(SMOLLM2) --device cuda --execute --json \
-		$(OUT)/gpu-humaneval.json
+	$(call within,60,gpu-cost,bench.py cost --model models/smollm2 --device cuda)
+	$(call within,180,gpu-speed,bench.py speed $(SMOLLM2) $(WITH_GPU) --temperatures 0 1 \
+		--methods $(call paper,1 4) pass=3 fused=1 fused=3 "tree=0 1 00")
+	$(call within,60,gpu-cost-7b,bench.py cost --shape 7b --rounds 10 --device cuda)
+	$(call within,60,gpu-rows,bench.py speed $(SMOLLM2) $(WITH_GPU) --kinds code --count 16 \
+		--temperatures 0 --rows 1 4 16 --decode 0 --methods pass=3 fused=1 fused=3)
+	$(call within,60,gpu-peers,results/peers.py $(SMOLLM2) $(WITH_GPU) --kinds code --count 2 \
+		--temperatures 0 --rounds 1)
+	$(call within,300,gpu-humaneval,results/humaneval.py $(SMOLLM2) --device cuda --execute)
 
 models/smollm2/%.gguf: models/smollm2/model.safetensors demo/recipes/to_gguf.py | $(VENV)/extras
 	$(IN) demo/recipes/to_gguf.py --model models/smollm2 --type $* --out $@
@@ -136,4 +152,5 @@ $(VENV)/dev: requirements-dev.txt | $(VENV)/ready
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
 
-.PHONY: bench bench-gpu bench-long chat demo help lint mutants pages peers smollm2 soak steps test
+.PHONY: bench bench-gpu bench-long chat commands demo help lint mutants pages peers smollm2 soak \
+	spec-bench steps test

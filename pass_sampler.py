@@ -16,7 +16,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -46,16 +46,18 @@ from support.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Params:
-    """Sampling parameters. To add one: a field here with its range, and a line in `probs`; for the
-    proof the same line in `probs` of tests/naive.py, and values in SETTINGS of
-    tests/test_equivalence.py; for a planted bug, tests/mutants.py."""
+    """Sampling parameters; the command line has a flag for each. To add one: a field with its range
+    here, and a line in `probs`. For the proof: the same line in `probs` of tests/naive.py, and in
+    SETTINGS of tests/test_equivalence.py values that drop some tokens of a few, but not all but
+    one. Then plant a bug in tests/mutants.py and run all: a new line that repeats an old one makes
+    an old bug's diff fit twice."""
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # 0 is off
     top_p: float = 1.0  # 1 is off
 
     def __post_init__(self):
-        kinds = zip((self.temperature, self.top_k, self.top_p), (Real, Integral, Real))
-        if not (all(isinstance(value, kind) for value, kind in kinds)
+        kinds = {float: Real, int: Integral}
+        if not (all(isinstance(getattr(self, f.name), kinds[f.type]) for f in fields(self))
                 and 0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise InputError(f"temperature and top-k must be 0 or positive, top-p above 0 and at "
                              f"most 1, not {self}")

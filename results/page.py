@@ -3,20 +3,23 @@
     python results/page.py              # needs matplotlib, see requirements-bench.txt
     python results/page.py --check      # only whether the tables are those of the files
 
-A table stands between a line that says what it is and one that ends it:
+A table or figure stands between a mark that says what it is and one that ends it:
 
+    <!-- cell FILE: COLUMN; COLUMN=VALUE, COLUMN=VALUE -->
     <!-- rows FILE: COLUMN, COLUMN; COLUMN=VALUE -->
     <!-- grid FILE: COLUMN; COLUMN, COLUMN; COLUMN=VALUE -->
     <!-- bare FILE: COLUMN; COLUMN, COLUMN; COLUMN=VALUE -->
     <!-- projection FILE: LOOKAHEAD -->
     <!-- training MODEL: TEMPERATURE, TEMPERATURE -->
+    <!-- source FILE: -->
     <!-- end -->
 
-FILE.json is what a command wrote with --json. `rows` shows columns of the rows that fit; `grid` has
-a row per value of the first columns, a column per value of the others, and says how many times as
-fast; `bare` is a grid without command, machine and intervals; `projection` is computed, from what
-passes cost and what the look-ahead's file says of it; `training` shows how the trainings for a
-model ended, by train-MODEL-NAME.jsonl, which is what train_lookahead.py measured on its way.
+FILE.json is what a command wrote with --json. `cell` is one figure and its interval; `rows` shows
+columns of the rows that fit; `grid` has a row per value of the first columns, a column per value of
+the others, and says how many times as fast; `bare` is a grid without intervals; `projection` is
+computed, from what passes cost and what the look-ahead's file says of it; `training` shows how the
+trainings for a model ended, by train-MODEL-NAME.jsonl, which is what train_lookahead.py measured on
+its way. `source` says by which command, on what and with which commit a file was made.
 """
 import sys
 from pathlib import Path
@@ -36,7 +39,7 @@ from support.terminal import new_parser
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 PAGES = RESULTS / "README.md", ROOT / "README.md"
-TABLE = re.compile(r"(<!-- (\w+) ([\w.-]+): (.*?) -->\n).*?(<!-- end -->)", re.S)
+TABLE = re.compile(r"(<!-- (\w+) ([\w.-]+):(.*?) -->\n?).*?(<!-- end -->)", re.S)
 TRAININGS = {"files": "ce, on texts of files", "ce": "ce", "kl": "kl", "tv": "tv",
              "memory": "tv, + memory", "head": "tv, + head", "both": "tv, + memory, + head"}
 
@@ -54,8 +57,18 @@ def interval_of(row, column):
     return []
 
 
+LABELS = {"autoregressive": "plain decoding", "pass:unk": "untrained",
+          "pass=3": "PaSS + memory + head, L = 3", "pass": "PaSS + memory + head",
+          "fused=1": "fused, L = 1", "tree=0 1": "tree of two candidates",
+          "pass:demo/smollm2-paper.safetensors": "PaSS, the paper"}
+for length in (1, 2, 3, 4, 6, 8):
+    LABELS[f"pass:demo/smollm2-paper.safetensors={length}"] = f"PaSS, the paper, L = {length}"
+
+
 def with_interval(row, column):
     """A cell; of what has an interval, with it."""
+    if column == "method":
+        return LABELS.get(row[column], row[column])
     between = " to ".join(map(cell, interval_of(row, column)))
     return cell(row[column]) + (f" ({between})" if between else "")
 
@@ -90,7 +103,7 @@ def grid(rows, columns, across, show):
     for row in rows:
         head = ", ".join(cell(row[key]) for key in across)
         heads[head] = None
-        names = tuple(cell(row[column]) for column in columns)
+        names = tuple(with_interval(row, column) for column in columns)
         lines.setdefault(names, {})[head] = show(row, gain_in(row))
     cells = []
     for names, line in lines.items():
@@ -99,25 +112,25 @@ def grid(rows, columns, across, show):
 
 
 def table(shape, name, words):
-    """One table, and how it was measured."""
+    """What stands between two marks."""
     if shape == "training":
         return training(name, split(words))
     result = read_json(RESULTS / f"{name}.json")
-    measured = (f"\n    python {result['command']}\n\n{' '.join(result['text'])} Commit "
+    if shape == "source":
+        return (f"\n    python {result['command']}\n\n{result['text'][0]} Commit "
                 f"{result['commit']}.\n\n")
     if shape == "projection":
-        return f"{measured}{projection(result['rows'], words)}\n"
+        return projection(result["rows"], words.strip())
     parts = [*words.split(";"), "", ""]
     columns = split(parts[0])
+    rows = fitting(result["rows"], columns, parts[1 if shape in ("cell", "rows") else 2])
+    if shape == "cell":
+        return with_interval(rows[0], columns[0])
     if shape == "rows":
-        rows = fitting(result["rows"], columns, parts[1])
         lines = [[with_interval(row, column) for column in columns] for row in rows]
-        return f"{measured}{markdown(columns, lines)}\n"
-    rows = fitting(result["rows"], columns, parts[2])
-    across = split(parts[1])
-    if shape == "bare":
-        return grid(rows, columns, across, lambda row, column: cell(row[column]))
-    return f"{measured}{grid(rows, columns, across, with_interval)}\n"
+        return markdown(columns, lines)
+    show = with_interval if shape == "grid" else lambda row, column: cell(row[column])
+    return grid(rows, columns, split(parts[1]), show)
 
 
 def cost_of(columns, known):

@@ -1,4 +1,7 @@
-"""What a training leaves on disk: checkpoints, look-ahead files, texts that a model wrote."""
+"""What a training leaves on disk: its checkpoints, look-ahead files, texts that a model wrote.
+
+The folder of a model is read by model.py.
+"""
 import hashlib
 import json
 import math

@@ -7,7 +7,8 @@ of the check under which it stands.
 Under each check stand its bugs: in words, then as a diff of a piece of the source that stands
 there exactly once, as short as can be. Many are bugs that public implementations of speculative
 sampling have had. Where the source has changed a bug "does not fit": adapt the diff. A bug that
-merely crashes is not caught.
+merely crashes is not caught. One that is NOT CAUGHT may change nothing: perhaps the source does the
+same thing twice.
 """
 import sys
 import time

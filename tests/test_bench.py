@@ -154,7 +154,7 @@ def test_steps_are_counted_and_timed(monkeypatch):
 def test_cost(call):
     out, rows = call("cost", "--rounds", 2, "--dtype", "float64")
     assert rows[0]["columns"] == rows[0]["against one"] == rows[0]["to"] == 1
-    assert "MB of weights" in out
+    assert "MB of weights" in out and all(row["share of best %"] > 0 for row in rows)
 
 
 def test_acceptance(call):

@@ -190,17 +190,18 @@ def test_a_draft_model_is_distilled(folder, data, tmp_path, capsys, monkeypatch)
 
 def test_tables_are_made_from_the_files(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "RESULTS", tmp_path)
-    row = {"text": "code", "method": "pass", "times as fast": 2.5, "from": 2.4, "to": 2.6}
+    row = {"text": "code", "method": "new", "times as fast": 2.5, "from": 2.4, "to": 2.6}
     about = {"command": "bench.py speed --x", "commit": "abc", "text": ["A machine."]}
     result = about | {"rows": [row, row | {"text": "prose", "times as fast": 2.45}]}
     (tmp_path / "speed.json").write_text(json.dumps(result))
     tables = ["rows speed: method, times as fast; text=code", "grid speed: method; text",
-              "bare speed: method; text"]
+              "bare speed: method; text", "source speed:", "cell speed: times as fast; text=code"]
     made = page.filled("".join(f"<!-- {table} -->\nold\n<!-- end -->\n" for table in tables))
-    assert "| pass | 2.50 (2.40 to 2.60) |\n\n<!-- end -->" in made and "old" not in made
-    assert "    python bench.py speed --x\n\nA machine. Commit abc.\n\n| method | code |" in made
-    assert "| pass | 2.50 (2.40 to 2.60) | 2.45 (2.40 to 2.60) |\n\n" in made
-    assert "| --- | --- | --- |\n| pass | 2.50 | 2.45 |\n<!-- end -->" in made
+    assert "| new | 2.50 (2.40 to 2.60) |\n<!-- end -->" in made and "old" not in made
+    assert "    python bench.py speed --x\n\nA machine. Commit abc.\n\n<!-- end -->" in made
+    assert "| new | 2.50 (2.40 to 2.60) | 2.45 (2.40 to 2.60) |\n<!-- end -->" in made
+    assert "text=code -->\n2.50 (2.40 to 2.60)<!-- end -->" in made
+    assert "| --- | --- | --- |\n| new | 2.50 | 2.45 |\n<!-- end -->" in made
     assert page.filled(made) == made
     with pytest.raises(InputError, match="no row"):
         page.filled("<!-- rows speed: method; text=verse -->\n<!-- end -->")

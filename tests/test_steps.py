@@ -29,10 +29,11 @@ def test_the_walk_writes_what_pass_writes(temperature):
     assert text == expected
 
 
-def test_what_is_shown_is_consistent(capsys):
+@pytest.mark.parametrize("brief", [(), ("--brief",)])
+def test_what_is_shown_is_consistent(brief, capsys):
     """A draft is accepted where u < p/q, and those that follow a rejection are not judged."""
-    code, out, err = run_main(steps, capsys, "--steps", 20, "--seed", 20)
-    assert code == 0, err
+    code, out, err = run_main(steps, capsys, "--steps", 20, "--seed", 20, *brief)
+    assert code == 0 and ("at position" in out) == (not brief), err
     verdicts = [line.split() for line in out.splitlines()
                 if line.startswith("d_") and line.endswith(("accepted", "rejected"))]
     assert len(verdicts) > 20 and {words[-1] for words in verdicts} == {"accepted", "rejected"}

@@ -1,11 +1,12 @@
-"""Make demo/prompts.json and demo/model/prompts.json, the prompts of bench.py: nothing of them was
-trained on.
+"""Make the prompts of bench.py from files that training holds out: nothing of them was trained on.
 
-    python demo/recipes/prompts.py --data data --plain models/pretrain/held
+    python demo/recipes/prompts.py --data data --kinds code prose --out demo/prompts.json
+    python demo/recipes/prompts.py --data models/pretrain/held --kinds modules \
+        --out demo/model/prompts.json
+    python demo/recipes/prompts.py --data data --kinds code --characters 6500 --count 8 --out FILE
 
-For SmolLM2 code, from the files of --data that training holds out, and prose, their docstrings. For
-demo/model code in the one spelling that it knows, from --plain, what pretrain.py held out, and of
-it what the training of its look-ahead holds out. README.md beside this says where both come from.
+Code begins with a function or a class; prose, of docstrings, with its first sentence; modules are
+code in the one spelling that demo/model knows. README.md beside this says where the files are from.
 """
 import sys
 from pathlib import Path
@@ -19,12 +20,10 @@ import json
 import random
 import re
 
-from support.data import split_files
+from support.data import add_data, split_files
 from support.errors import InputError, run_script
 from support.storage import write_text
 from support.terminal import new_parser, user_path
-
-PROMPTS, CHARACTERS = 20, 280
 
 
 def docstrings(source):
@@ -34,39 +33,39 @@ def docstrings(source):
             yield ast.get_docstring(node) or ""
 
 
-def pieces(texts, begin):
-    """CHARACTERS of a text from wherever it matches `begin`."""
+def pieces(texts, begin, length):
+    """`length` characters of a text from wherever it matches `begin`."""
     found = []
     for text in texts:
         if text.isascii() and ">>>" not in text:
             starts = [match.start() for match in begin.finditer(text)]
-            found += [text[i:i + CHARACTERS] for i in starts if i + CHARACTERS < len(text)]
+            found += [text[i:i + length] for i in starts if i + length < len(text)]
     return found
 
 
 def main():
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--data", type=user_path, nargs="+", required=True, help="the standard library")
-    add("--plain", type=user_path, nargs="+", required=True, help="what pretrain.py held out")
+    add_data(add)
+    add("--kinds", nargs="+", choices=["code", "modules", "prose"], required=True)
+    add("--count", type=int, default=40, help="of each kind (default: 40)")
+    add("--characters", type=int, default=280, help="of a prompt, at most (default: 280)")
+    add("--out", type=user_path, required=True, help="JSON file to write")
+    parser.set_defaults(suffix=".py")
     args = parser.parse_args()
-    sources = [file.read_text(errors="replace") for file in split_files(args.data, ".py")[1]]
-    prose = [text for source in sources for text in docstrings(source)]
-    plain = [file.read_text() for file in split_files(args.plain, ".py")[1]]
-    # Code begins with a function or a class, prose with its first sentence.
-    code = re.compile("(?m)^(def|class) ")
-    texts = {"code": pieces(sources, code), "prose": pieces(prose, re.compile("^")),
-             "modules": pieces(plain, code)}
+    sources = [file.read_text(errors="replace") for file in split_files(args.data, args.suffix)[1]]
     chance = random.Random(0)
     prompts = {}
-    for name, found in texts.items():
-        if len(found) < PROMPTS:
-            raise InputError(f"only {len(found)} pieces of {name} were found, {PROMPTS} are needed")
-        prompts[name] = [text.rsplit(maxsplit=1)[0] for text in chance.sample(found, PROMPTS)]
-    contents = {"prompts.json": ["code", "prose"], "model/prompts.json": ["modules"]}
-    for path, names in contents.items():
-        text = json.dumps({name: prompts[name] for name in names}, indent=1) + "\n"
-        write_text(Path(__file__).resolve().parents[1] / path, text)
+    for kind in args.kinds:
+        texts, begin = sources, "(?m)^(def|class) "
+        if kind == "prose":
+            texts, begin = [text for source in sources for text in docstrings(source)], "^"
+        found = pieces(texts, re.compile(begin), args.characters)
+        if len(found) < args.count:
+            raise InputError(f"only {len(found)} pieces of {kind} were found, {args.count} are "
+                             f"needed")
+        prompts[kind] = [text.rsplit(maxsplit=1)[0] for text in chance.sample(found, args.count)]
+    write_text(args.out, json.dumps(prompts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
