@@ -45,8 +45,9 @@ NAMES = {
         "--model models/smollm2 --lookahead demo/smollm2-lookahead.safetensors --chat",
     "--lookahead FILE": "--lookahead demo/model/lookahead.safetensors",
     "--prompt-file FILE": "--prompt-file LICENSE", "--out FILE": "--out new.safetensors",
-    "--chat FILE": "--chat demo/messages.json", "SMALLER_DIR": "demo/model", "DIR": "demo/model",
-    "PATHS": "support tests", "OWN": "own.safetensors", "FILE": "new.json",
+    "--chat FILE": "--chat demo/messages.json", "chat.json": "demo/messages.json",
+    "--start FILE": "--start demo/smollm2-lookahead.safetensors",
+    "SMALLER_DIR": "demo/model", "DIR": "demo/model", "PATHS": "support tests", "OWN": "own.safetensors", "FILE": "new.json",
     ".venv/bin/python": "python", "models/draft": "demo/model",
 }
 PRELUDE = """set -e
