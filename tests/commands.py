@@ -47,7 +47,8 @@ NAMES = {
     "--prompt-file FILE": "--prompt-file LICENSE", "--out FILE": "--out new.safetensors",
     "--chat FILE": "--chat demo/messages.json", "chat.json": "demo/messages.json",
     "--start FILE": "--start demo/smollm2-lookahead.safetensors",
-    "SMALLER_DIR": "demo/model", "DIR": "demo/model", "PATHS": "support tests", "OWN": "own.safetensors", "FILE": "new.json",
+    "SMALLER_DIR": "demo/model", "DIR": "demo/model", "PATHS": "support tests",
+    "OWN": "own.safetensors", "FILE": "new.json",
     ".venv/bin/python": "python", "models/draft": "demo/model",
 }
 PRELUDE = """set -e
