@@ -417,7 +417,7 @@ def parse() -> Namespace:
     add("--batch", type=int, default=8, help="texts per step (default: 8)")
     add("--steps", type=int, default=1000, help="(default: 1000)")
     add("--rate", type=float, default=1.0,
-        help="share of the usual rates of learning (default: 1; after --start try 0.1)")
+        help="share of the usual rates of learning (default: 1; after --start try 0.3)")
     add("--out", type=user_path, required=True, help="file to write")
     add("--resume", action="store_true", help="from the checkpoint, if there is one")
     # Which process of how many, torchrun's; and when this one began.
