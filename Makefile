@@ -58,7 +58,7 @@ measure = mkdir -p $(OUT); $(IN) $(2) --json $(OUT)/$(1).json
 PAPER = pass:demo/smollm2-paper.safetensors
 paper = $(foreach L,$(1),$(PAPER)=$(L))
 SPEED = bench.py speed $(SMOLLM2) --temperatures 0 1 --methods \
-	$(call paper,1 2) pass=3 fused=1 "tree=0 1"
+	$(call paper,1) pass=3 fused=1
 QUALITY = results/quality.py $(SMOLLM2) --kinds prose --methods
 
 bench: $(VENV)/bench models/smollm2/model.safetensors  ## the main tables: an hour
@@ -68,7 +68,7 @@ bench: $(VENV)/bench models/smollm2/model.safetensors  ## the main tables: an ho
 	$(call measure,demo-speed,bench.py speed $(OWN) $(PROMPTS) \
 		--methods pass:demo/model/paper.safetensors=1 pass=3 fused=1)
 	$(call measure,smollm2-paper-length,bench.py speed $(SMOLLM2) --kinds code \
-		--temperatures 0 1 --methods $(call paper,1 2 4 6 8))
+		--temperatures 0 1 --methods $(call paper,1 2 3 4))
 	$(call measure,smollm2-length,bench.py length $(SMOLLM2) --kinds code --temperatures 0 1)
 	$(call measure,smollm2-rows,bench.py speed $(SMOLLM2) --kinds code --temperatures 0 \
 		--rows 1 2 4 8 --decode 0 --methods pass=3 fused=1)
