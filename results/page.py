@@ -60,6 +60,7 @@ def interval_of(row, column):
 LABELS = {"autoregressive": "plain decoding", "pass:unk": "untrained",
           "pass=3": "PaSS + memory + head, L = 3", "pass": "PaSS + memory + head",
           "fused=1": "fused, L = 1", "tree=0 1": "tree of two candidates",
+          "fused:models/old-lookahead.safetensors=1": "fused, L = 1, the file before",
           "pass:demo/smollm2-paper.safetensors": "PaSS, the paper"}
 for length in (1, 2, 3, 4, 6, 8):
     LABELS[f"pass:demo/smollm2-paper.safetensors={length}"] = f"PaSS, the paper, L = {length}"
@@ -101,7 +102,7 @@ def grid(rows, columns, across, show):
     heads = {}
     lines = {}
     for row in rows:
-        head = ", ".join(cell(row[key]) for key in across)
+        head = ", ".join(with_interval(row, key) for key in across)
         heads[head] = None
         names = tuple(with_interval(row, column) for column in columns)
         lines.setdefault(names, {})[head] = show(row, gain_in(row))
