@@ -49,7 +49,7 @@ NAMES = {
     "--start FILE": "--start demo/smollm2-lookahead.safetensors",
     "SMALLER_DIR": "demo/model", "DIR": "demo/model", "PATHS": "support tests",
     "OWN": "own.safetensors", "FILE": "new.json",
-    ".venv/bin/python": "python", "models/draft": "demo/model",
+    ".venv/bin/python": "python", "models/pretrain/held": "data",
 }
 PRELUDE = """set -e
 python() { command python tests/commands.py --run python "$@"; }
@@ -99,7 +99,8 @@ def main() -> int:
         subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
         for file in clone.rglob("*"):
             os.utime(file, (0, 0))  # so that make makes nothing anew
-        for name in (".venv", "models"):
+        (clone / "models").mkdir()  # What is made there stays in the clone.
+        for name in (".venv", "models/smollm2"):
             (clone / name).symlink_to(ROOT / name)
         path = f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"
         for page in sys.argv[1:] or PAGES:
