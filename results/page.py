@@ -60,7 +60,6 @@ def interval_of(row, column):
 LABELS = {"autoregressive": "plain decoding", "pass:unk": "untrained",
           "pass=3": "PaSS + memory + head, L = 3", "pass": "PaSS + memory + head",
           "fused=1": "fused, L = 1", "tree=0 1": "tree of two candidates",
-          "fused:models/old-lookahead.safetensors=1": "fused, L = 1, the file before",
           "pass:demo/smollm2-paper.safetensors": "PaSS, the paper"}
 for length in (1, 2, 3, 4, 6, 8):
     LABELS[f"pass:demo/smollm2-paper.safetensors={length}"] = f"PaSS, the paper, L = {length}"

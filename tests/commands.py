@@ -1,6 +1,6 @@
-"""Runs every command that a page documents, in a clone of its own, and says which of them fail.
+"""Runs the commands that pages document, in a clone of its own, and says which of them fail.
 
-    .venv/bin/python tests/commands.py            # five minutes on 2 cores
+    .venv/bin/python tests/commands.py            # seven minutes on 2 cores
     .venv/bin/python tests/commands.py README.md  # one page
 
 Each block of commands is a script for bash, in which names in capitals stand for files that ship,
